@@ -1,0 +1,241 @@
+"""Every knob once: one frozen, validated dataclass per stage, read from YAML and overridden key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from localmoe.errors import ConfigError, did_you_mean
+
+_STRICT = ConfigDict(extra="forbid")
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Recipe = Literal["trunk", "trunk-shared", "paper"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CorpusConfig:
+    """Which documents are read, and how they are cut and split."""
+
+    include: tuple[str, ...] = ()
+    """File patterns to read from a folder, e.g. '*.py'; none = every text file."""
+    exclude: tuple[str, ...] = ()
+    """File patterns to leave out, e.g. 'tests/*'."""
+    text_field: str = "text"
+    """Field of a JSONL or Parquet record that holds the text."""
+    access_field: str | None = None
+    """Field that names who may use a record: a string or a list of strings; absent = public."""
+    tags_field: str | None = None
+    """Field of free tags: a string or a list of strings."""
+    access_paths: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """File pattern → access set, for folders; the first pattern that matches decides."""
+    tags_paths: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """File pattern → tags; every pattern that matches adds its tags."""
+    passage_tokens: Positive = 1024
+    """A longer document becomes passages of at most this many tokens."""
+    passages_per_document: Positive | None = None
+    """Keep only the first passages of a document (recipe 'paper': 1); none = all."""
+    sample_tokens: Positive | None = None
+    """Train on a sample of the documents with at most this many tokens; none = all."""
+    tune_fraction: Fraction = 0.05
+    """Share of the documents held out to check experts and to choose β."""
+    test_fraction: Fraction = 0.05
+    """Share of the documents that nothing but an evaluation ever reads."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ClusterConfig:
+    """Bisecting k-means over the train documents (specification, "Clustering")."""
+
+    clusters: Positive | None = None
+    """Number of experts K; none = one for every `2 · min_tokens` train tokens."""
+    criterion: Literal["diameter", "inertia", "size"] = "diameter"
+    """Which cluster is split next: the widest (by the bound 2·max‖φ−μ‖), the largest inertia, or the largest."""
+    min_tokens: Annotated[int, Field(ge=0)] = 20_000
+    """A split that would leave a child with fewer tokens is refused."""
+    restarts: Positive = 4
+    """k-means++ starts of every 2-means; the best inertia is kept."""
+    max_iterations: Positive = 50
+    """Lloyd iterations of every start, at most."""
+    tolerance: Annotated[float, Field(ge=0)] = 1e-4
+    """A start has converged when its centres moved less than this, relative to the data's variance."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """One LoRA loop for trunk, experts and fine-tuning (specification, "Experts")."""
+
+    recipe: Recipe = "trunk"
+    """'trunk': experts start from one shared adapter; 'trunk-shared': they also share its A; 'paper': from the base."""
+    rank: Positive = 16
+    """Rank r of every update."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Updates are scaled by alpha / rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak rate of the trunk (recipe 'paper': of the experts)."""
+    expert_rate: Annotated[float, Field(gt=0)] = 0.7
+    """Peak rate of experts that start from the trunk, as a multiple of `learning_rate`."""
+    epochs: Positive = 1
+    """Passes over the documents, for the trunk and for each expert."""
+    batch: Positive = 4
+    """Passages per step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled decay."""
+    warmup: Fraction = 0.05
+    """Share of the steps in which the rate rises; it then falls linearly to zero."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    threads: Positive | None = None
+    """CPU threads for training; none = all cores. Part of what makes bytes reproducible."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RouteConfig:
+    """How a prompt's embedding becomes weights over experts (specification, "Routing")."""
+
+    router: str = "sparse_softmax"
+    """Name in the registry: sparse_softmax, threshold, nearest, uniform, or another package's."""
+    beta: Annotated[float, Field(ge=0)] | None = None
+    """Temperature β of softmax(s/β); none = found on the tune documents for `active` experts; 0 = the nearest alone."""
+    tau: Fraction = 0.01
+    """Experts whose softmax weight is not above τ are dropped."""
+    active: Annotated[float, Field(ge=1)] = 3.0
+    """Wanted mean number of active experts: β is the largest that keeps to it."""
+    max_experts: Positive = 50
+    """Never more experts than this in one mix."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GenerateConfig:
+    """How tokens are drawn from the merged model."""
+
+    max_new_tokens: Positive = 128
+    """Stop after this many tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 = the likeliest token every time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the smallest set of tokens that has this probability."""
+    seed: int = 0
+    """Seed of the draw; the same seed draws the same tokens."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BuildConfig:
+    """All that `localmoe build` can be told."""
+
+    base: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Base model: a hub id, a folder, or a packaged model."""
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence encoder: a hub id, a folder, or a packaged model."""
+    revision: str | None = None
+    """Commit of the base model on the hub."""
+    seed: int = 0
+    """Seed of the split, the clustering and the training."""
+    keep_texts: bool = True
+    """Keep the documents' texts in the bank (nearest documents, map hover, test-time training need them)."""
+    corpus: CorpusConfig = CorpusConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    train: TrainConfig = TrainConfig()
+    route: RouteConfig = RouteConfig()
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> BuildConfig:
+    """The configuration from a YAML file and `key=value` overrides of the same dotted keys.
+
+    `overrides`: e.g. `["train.rank=8", "cluster.clusters=12"]`, values read as YAML; later ones win.
+    Raises ConfigError for an unreadable file, an unknown key (with a suggestion and its line) or a bad value.
+    """
+    values: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    if path is not None:
+        values, lines = _read_yaml(path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"cannot read the setting {override!r}", "write it as key=value, e.g. train.rank=8")
+        try:
+            _put(values, key.strip().split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value of {override!r}: {error}") from error
+    return validate(values, where=str(path) if path else "the settings", lines=lines)
+
+
+def validate(
+    values: Mapping[str, Any], where: str = "the configuration", lines: Mapping[tuple[str, ...], int] | None = None
+) -> BuildConfig:
+    """A BuildConfig from nested mappings; raises ConfigError that names key, line and the nearest known key."""
+    try:
+        return TypeAdapter(BuildConfig).validate_python(values)
+    except ValidationError as error:
+        problems = [_explain(problem, lines or {}) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems), "every key: localmoe build --help") from error
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested data, for a manifest or YAML."""
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return plain
+
+
+def default_of(config: type, name: str) -> Any:
+    """The default of one field, so that a help text need not repeat it."""
+    return {field.name: field.default for field in dataclasses.fields(config)}[name]
+
+
+def _explain(problem: Any, lines: Mapping[tuple[str, ...], int]) -> str:
+    location = tuple(str(part) for part in problem["loc"])
+    line = f" (line {lines[location]})" if location in lines else ""
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {'.'.join(location)!r}{did_you_mean('.'.join(location), _keys(BuildConfig))}{line}"
+    return f"{'.'.join(location)} = {problem['input']!r}: {problem['msg'].lower()}{line}"
+
+
+def _keys(config: type, prefix: str = "") -> list[str]:
+    """All dotted keys."""
+    keys = []
+    for field in dataclasses.fields(config):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.default):
+            keys += _keys(type(field.default), f"{prefix}{field.name}.")
+    return keys
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key!r} is a value, not a group of keys")
+    values[keys[-1]] = value
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}")
+    lines: dict[tuple[str, ...], int] = {}
+    _collect_lines(node, (), lines)
+    return values, lines
+
+
+def _collect_lines(node: Any, prefix: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            location = (*prefix, str(key.value))
+            lines[location] = key.start_mark.line + 1
+            _collect_lines(value, location, lines)
