@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from localmoe.errors import ConfigError, did_you_mean
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -161,14 +161,20 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Buil
         if not equals:
             raise ConfigError(f"cannot read the setting {override!r}", "write it as key=value, e.g. train.rank=8")
         try:
-            _put(values, key.strip().split("."), yaml.safe_load(value))
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"cannot read the value of {override!r}: {error}") from error
+            remedy = f"quote it: {key}='\"{value}\"'"
+            raise ConfigError(f"cannot read the value of {override!r}: {error}", remedy) from error
+        keys = tuple(key.strip().split("."))
+        _put(values, keys, parsed)
+        lines = {place: line for place, line in lines.items() if place[: len(keys)] != keys}
     return validate(values, where=str(path) if path else "the settings", lines=lines)
 
 
 def validate(
-    values: Mapping[str, Any], where: str = "the configuration", lines: Mapping[tuple[str, ...], int] | None = None
+    values: Mapping[str, Any],
+    where: str = "the configuration",
+    lines: Mapping[tuple[str, ...], int] | None = None,
 ) -> BuildConfig:
     """A BuildConfig from nested mappings; raises ConfigError that names key, line and the nearest known key."""
     try:
@@ -207,7 +213,7 @@ def _keys(config: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+def _put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
@@ -234,8 +240,13 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
 
 
 def _collect_lines(node: Any, prefix: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.MappingNode) and len(prefix) < 4:
         for key, value in node.value:
             location = (*prefix, str(key.value))
+            if location in lines:
+                first = lines[location]
+                raise ConfigError(
+                    f"key {'.'.join(location)!r} stands twice: in lines {first} and {key.start_mark.line + 1}"
+                )
             lines[location] = key.start_mark.line + 1
             _collect_lines(value, location, lines)

@@ -26,7 +26,7 @@ class LocalMoEError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(what)
+        Exception.__init__(self, what, remedy)
         self.what = what
         self.remedy = remedy
 
@@ -57,9 +57,12 @@ class UnknownNameError(UsageError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], remedy: str = "") -> None:
         names = sorted(known)
-        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, names)}", remedy or f"known: {', '.join(names)}")
+        if not remedy and names:
+            remedy = f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, names)}", remedy)
 
-    __str__ = LocalMoEError.__str__  # KeyError would print the repr
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.what, self.remedy)
 
 
 class PartialError(LocalMoEError):
@@ -90,3 +93,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`", did you mean 'rank'?"` for the nearest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _restored(kind: type[LocalMoEError], what: str, remedy: str) -> LocalMoEError:
+    """An error that travelled between processes, whatever its own constructor takes."""
+    error = kind.__new__(kind)
+    LocalMoEError.__init__(error, what, remedy)
+    return error

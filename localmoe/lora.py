@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """One update of one weight: ΔW = B · diag(c) · A.
 
@@ -58,3 +61,80 @@ def stack(updates: Sequence[LowRank]) -> LowRank:
         torch.cat([update.B for update in updates], dim=1),
         torch.cat([update.c for update in updates]),
     )
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear module with a low-rank update beside it: y = base(x) + ((x Aᵀ) · c) Bᵀ.
+
+    A [r, d_in] and B [d_out, r] are fp32 parameters where they are trained; the products run in the dtype of x.
+    """
+
+    def __init__(self, base: nn.Module, update: LowRank, train_A: bool = False, train_B: bool = False) -> None:
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(update.A, requires_grad=train_A)
+        self.B = nn.Parameter(update.B, requires_grad=train_B)
+        self.register_buffer("c", update.c, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] → [..., d_out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        weight = weight_of(self.base)
+        bias = getattr(self.base, "bias", None)
+        y: Tensor = _Apply.apply(rows, weight, bias, self.A, self.B, self.c)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module as [d_out, d_in]: GPT-2's Conv1D keeps it transposed."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+class _Apply(torch.autograd.Function):
+    """x Wᵀ + b + x Aᵀ (c·B)ᵀ with W frozen, in two products each way; keeps x and x Aᵀ, nothing else.
+
+    dA = (g cB)ᵀ x, dB = gᵀ (x Aᵀ) · c, dx = g W + (g cB) A.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        A, scaled = A.to(x.dtype), (B * c).to(x.dtype)
+        narrow = x @ A.t()
+        ctx.save_for_backward(x, weight, A, scaled, narrow, c)
+        return F.linear(x, weight, bias).addmm_(narrow, scaled.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, scaled, narrow, c = ctx.saved_tensors
+        (g,) = grads
+        narrow_g = g @ scaled
+        dx = (g @ weight).addmm_(narrow_g, A) if ctx.needs_input_grad[0] else None
+        dA = (narrow_g.t() @ x).float() if ctx.needs_input_grad[3] else None
+        dB = (g.t() @ narrow).float() * c if ctx.needs_input_grad[4] else None
+        return dx, None, None, dA, dB, None
+
+
+@contextmanager
+def attached(
+    model: nn.Module, adapter: Adapter, train_A: bool = False, train_B: bool = False
+) -> Iterator[dict[str, LowRankLinear]]:
+    """The model with `adapter` applied beside its weights, for as long as the context lasts.
+
+    The linear modules are wrapped, never written, and put back on exit, exceptions included. Where factors are
+    trained they are fp32 copies, so that the adapter handed in stays as it was.
+    Raises KeyError for a module that the model lacks.
+    """
+    wrapped: dict[str, LowRankLinear] = {}
+    try:
+        for name, update in adapter.items():
+            base = model.get_submodule(name)
+            if train_A or train_B:
+                device = weight_of(base).device
+                update = LowRank(*(t.to(device, torch.float32, copy=True) for t in (update.A, update.B, update.c)))
+            wrapped[name] = LowRankLinear(base, update, train_A, train_B)
+            model.set_submodule(name, wrapped[name])
+        yield wrapped
+    finally:
+        for name, module in wrapped.items():
+            model.set_submodule(name, module.base)

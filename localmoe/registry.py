@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from localmoe.errors import UnknownNameError
+from localmoe.errors import LocalMoEError, UnknownNameError
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -52,6 +52,14 @@ class Registry(Generic[F]):
     def _read_entry_points(self) -> None:
         if self._entry_points_read:
             return
-        self._entry_points_read = True
         for point in entry_points(group=f"localmoe.{self.kind}s"):
-            self.register(point.name)(point.load())
+            try:
+                function = point.load()
+            except Exception as error:
+                raise LocalMoEError(
+                    f"the {self.kind} {point.name!r} of another package cannot be loaded: {error}",
+                    f"mend or uninstall the package that holds {point.value}",
+                ) from error
+            if self._functions.get(point.name) is not function:
+                self.register(point.name)(function)
+        self._entry_points_read = True

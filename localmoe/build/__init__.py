@@ -1,0 +1,1 @@
+"""Train time: corpus → documents → embeddings → clusters → experts → bank."""

@@ -1,0 +1,96 @@
+"""Checks on tune documents: whether an adapter is better than what it starts from, and which β to route with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from localmoe.bank.manifest import Outcome, RouterRecord
+from localmoe.config import RouteConfig
+from localmoe.lora import Adapter, attached
+from localmoe.models import packed
+from localmoe.packing import Passage, token_nll
+from localmoe.routing import Centroids, find_beta, similarities
+
+ENOUGH = 3
+"""An adapter that fewer tune documents are near to is `unchecked`."""
+AT_MOST = 16
+"""Tune documents that one adapter is checked on; the nearest."""
+UNTUNED_BETA = 0.05
+"""β where no tune document could tell; measured as flat around its optimum (docs/lab-notes.md)."""
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Nll:
+    """Summed negative log-likelihood (nats) and number of predicted tokens of one document."""
+
+    total: float
+    tokens: int
+
+
+def document_nll(model: Any, documents: Mapping[int, Sequence[Passage]], adapter: Adapter | None) -> dict[int, Nll]:
+    """Loss of every document (row → passages) under the base, or with an adapter beside it."""
+    sums = {row: Nll(0.0, 0) for row in documents}
+    work = [(row, passage) for row, passages in documents.items() for passage in passages]
+    with attached(model, adapter) if adapter is not None else nullcontext(), packed(model):
+        for start in range(0, len(work), _BATCH):
+            part = work[start : start + _BATCH]
+            for (row, _), nll in zip(part, token_nll(model, [passage for _, passage in part]), strict=True):
+                before = sums[row]
+                sums[row] = Nll(before.total + float(nll.double().sum()), before.tokens + len(nll))
+    return sums
+
+
+def outcome(own: Mapping[int, Nll], reference: Mapping[int, Nll]) -> Outcome:
+    """good if the mean loss per token over the same documents is below the reference's, else harmful."""
+    if len(own) < ENOUGH:
+        return Outcome("unchecked", len(own), None, None, f"only {len(own)} tune documents are near to it")
+    nll, other = _mean(own.values()), _mean([reference[row] for row in own])
+    return Outcome("good" if nll < other else "harmful", len(own), nll, other, None)
+
+
+def nearest_rows(assignment: np.ndarray, similarity: np.ndarray, count: int, most: int = AT_MOST) -> list[list[int]]:
+    """For each of `count` centroids the places of the points nearest to it alone, the most similar first.
+
+    assignment [n]: the nearest centroid of every point; similarity [n]: how near it is.
+    """
+    order = np.argsort(-similarity, kind="stable")
+    found: list[list[int]] = [[] for _ in range(count)]
+    for place in order.tolist():
+        if len(found[assignment[place]]) < most:
+            found[assignment[place]].append(place)
+    return found
+
+
+def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) -> tuple[RouterRecord, str]:
+    """The router's settings for a bank, and a sentence if β could not be found as asked.
+
+    queries: [n, d] embedded prefixes of public tune documents.
+    """
+
+    def record(beta: float, active: float) -> RouterRecord:
+        return RouterRecord(config.router, beta, config.tau, config.max_experts, active, config.active)
+
+    if not centroids.experts:
+        return record(0.0 if config.beta is None else config.beta, 0.0), "no expert may be routed to"
+    if len(queries) < ENOUGH:
+        beta = UNTUNED_BETA if config.beta is None else config.beta
+        return record(beta, 0.0), f"β = {beta} was not tuned: there are only {len(queries)} public tune documents"
+    scores = similarities(torch.from_numpy(queries), centroids)
+    search = find_beta(scores, config.active, config.tau, config.max_experts)
+    if config.beta is None:
+        return record(search.beta, search.active), ""
+    nearest = min(search.curve, key=lambda point: abs(point[0] - (config.beta or 0.0)))
+    return record(config.beta, nearest[1]), ""
+
+
+def _mean(parts: Iterable[Nll]) -> float:
+    parts = list(parts)
+    return sum(part.total for part in parts) / max(1, sum(part.tokens for part in parts))

@@ -1,0 +1,122 @@
+"""Experts: train one adapter, check it on tune documents, leave it in the bank with a record of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from localmoe.bank.adapters import write_adapter
+from localmoe.bank.manifest import AdapterRecord, Outcome, Training
+from localmoe.bank.peft import read_adapter
+from localmoe.build.checks import document_nll, outcome
+from localmoe.build.training import DivergedError, Progress, Trained, fresh_adapter, train
+from localmoe.build.work import Work
+from localmoe.config import TrainConfig, as_dict
+from localmoe.lora import Adapter
+from localmoe.models import load_model, load_tokenizer, needs_transpose
+from localmoe.packing import Passage
+
+ATTEMPTS = 2
+"""A training that diverges is repeated once, at half the rate."""
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """All that one worker needs to train and check one adapter; plain values, so that it can travel."""
+
+    bank: str
+    key: str
+    name: str
+    """"trunk" or "experts/<id>"."""
+    base: str
+    revision: str | None
+    base_id: str
+    config: TrainConfig
+    learning_rate: float
+    seed: int
+    start: AdapterRecord | None
+    """The trunk that it starts from; none = from the base."""
+    train_rows: tuple[int, ...]
+    tune_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterResult:
+    """What became of a task; `adapter` is none where training failed."""
+
+    adapter: AdapterRecord | None
+    outcome: Outcome
+
+
+@lru_cache(maxsize=1)
+def workplace(base: str, revision: str | None) -> tuple[Any, Any]:
+    """Base model and tokenizer of this process, loaded once for all its tasks."""
+    return load_model(base, revision), load_tokenizer(base, revision)
+
+
+def result_file(name: str) -> str:
+    """Where the work folder keeps the result of a task."""
+    return f"{name}.json"
+
+
+def run(task: AdapterTask, progress: Progress | None = None) -> AdapterResult:
+    """The result of a task: from the work folder if it was finished before, else trained, checked and left there."""
+    work = Work(Path(task.bank), task.key)
+    if work.has(result_file(task.name)):
+        return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(task.name)))
+    model, _ = workplace(task.base, task.revision)
+    start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
+    passages = [passage for document in work.passages(task.train_rows) for passage in document]
+    try:
+        trained, rate, attempts = _train(model, task, passages, start, progress)
+    except DivergedError as error:
+        result = AdapterResult(None, Outcome("failed", 0, None, None, error.what))
+    else:
+        record = write_adapter(
+            Path(task.bank),
+            task.name,
+            trained.adapter,
+            task.base_id,
+            needs_transpose(model),
+            Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, rate, attempts),
+        )
+        result = AdapterResult(record, _check(model, work, task, record, start))
+    work.write_json(result_file(task.name), as_dict(result))
+    return result
+
+
+def _train(
+    model: Any, task: AdapterTask, passages: list[Passage], start: Adapter | None, progress: Progress | None
+) -> tuple[Trained, float, int]:
+    freeze = task.config.recipe == "trunk-shared" and start is not None
+    begin = start if start is not None else fresh_adapter(model, task.config, task.seed)
+    rate = task.learning_rate
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return (
+                train(model, passages, begin, task.config, rate, task.seed, freeze, progress),
+                rate,
+                attempt,
+            )
+        except DivergedError:
+            if attempt == ATTEMPTS:
+                raise
+            rate /= 2
+    raise AssertionError("unreachable")
+
+
+def _check(model: Any, work: Work, task: AdapterTask, record: AdapterRecord, start: Adapter | None) -> Outcome:
+    """On the first passage of each tune document, against the trunk (or the base)."""
+    passages = work.passages(task.tune_rows)
+    documents = {row: parts[:1] for row, parts in zip(task.tune_rows, passages, strict=True)}
+    adapter = read_adapter(Path(task.bank) / record.folder)[0]
+    return outcome(document_nll(model, documents, adapter), document_nll(model, documents, start))
+
+
+Map = Callable[..., Any]
+"""`map(function, tasks)`: the built-in one, an executor's, or Ray's."""

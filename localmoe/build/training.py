@@ -1,0 +1,130 @@
+"""The one training loop: low-rank factors on packed passages, for trunk, experts and fine-tuning alike."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localmoe.config import TrainConfig
+from localmoe.errors import LocalMoEError
+from localmoe.lora import Adapter, LowRank, attached, weight_of
+from localmoe.models import packed, target_linears
+from localmoe.packing import Passage, loss, pack
+
+Progress = Callable[[int, float], None]
+"""Called after every step with the number of label tokens it used and its loss."""
+
+
+class DivergedError(LocalMoEError):
+    """Loss or weights stopped being finite."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter and how it came about; `tokens` are label tokens, losses are nats a token."""
+
+    adapter: Adapter
+    tokens: int
+    steps: int
+    first_loss: float
+    last_loss: float
+
+
+def fresh_adapter(model: Any, config: TrainConfig, seed: int) -> Adapter:
+    """LoRA's start for every target linear: A uniform as PEFT draws it (Kaiming, a = √5), B zero, c = alpha/r."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for name, module in target_linears(model).items():
+        d_out, d_in = weight_of(module).shape
+        A = (torch.rand(config.rank, d_in, generator=generator) * 2 - 1) / math.sqrt(d_in)
+        c = torch.full((config.rank,), config.alpha / config.rank)
+        adapter[name] = LowRank(A, torch.zeros(d_out, config.rank), c)
+    return adapter
+
+
+def train(
+    model: Any,
+    passages: Sequence[Passage],
+    start: Adapter,
+    config: TrainConfig,
+    learning_rate: float,
+    seed: int,
+    freeze_A: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Go on training `start` on `passages`: AdamW, warm-up then linear decay to zero, gradients clipped.
+
+    The base is frozen and never written; with `freeze_A` B alone is trained. Equal inputs, seed and threads give
+    equal bytes. Raises DivergedError as soon as a loss or a factor is not finite.
+    """
+    batches = _batches(passages, config, seed)
+    steps = len(batches)
+    losses = []
+    with attached(model, start, train_A=not freeze_A, train_B=True) as modules, packed(model):
+        factors = [p for module in modules.values() for p in (module.A, module.B) if p.requires_grad]
+        optimizer = torch.optim.AdamW(factors, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(step, steps, config.warmup)
+            value = _step(model, batch, factors, optimizer, config.clip)
+            losses.append(value)
+            if progress is not None:
+                progress(sum(passage.predicted for passage in batch), value)
+        adapter = {name: _frozen(module.A, module.B, start[name]) for name, module in modules.items()}
+    if not all(bool(u.A.isfinite().all() and u.B.isfinite().all()) for u in adapter.values()):
+        raise DivergedError("the factors are not finite after training")
+    window = max(1, steps // 10)
+    return Trained(
+        adapter,
+        tokens=config.epochs * sum(passage.predicted for passage in passages),
+        steps=steps,
+        first_loss=sum(losses[:window]) / window,
+        last_loss=sum(losses[-window:]) / window,
+    )
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate at `step` of `steps`: rises linearly over the warm-up, then falls linearly to zero."""
+    rise = warmup * steps
+    return min((step + 1) / max(rise, 1.0), (steps - step) / max(steps - rise, 1.0), 1.0)
+
+
+def _step(
+    model: Any,
+    batch: Sequence[Passage],
+    factors: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+) -> float:
+    value = loss(model, pack(batch, model.device))
+    if not bool(value.isfinite()):
+        raise DivergedError(f"the loss became {value.item()}")
+    torch.autograd.backward(value, inputs=list(factors))
+    torch.nn.utils.clip_grad_norm_(factors, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.item()
+
+
+def _batches(passages: Sequence[Passage], config: TrainConfig, seed: int) -> list[list[Passage]]:
+    """Shuffled anew each epoch; passages without a label are left out, since they teach nothing."""
+    useful = [passage for passage in passages if passage.predicted > 0]
+    if not useful:
+        raise LocalMoEError("no passage has a token to learn from")
+    shuffle = random.Random(seed)  # noqa: S311 - order, not secrets
+    batches = []
+    for _ in range(config.epochs):
+        order = shuffle.sample(useful, len(useful))
+        batches += [order[i : i + config.batch] for i in range(0, len(order), config.batch)]
+    return batches
+
+
+def _frozen(A: Tensor, B: Tensor, start: LowRank) -> LowRank:
+    """Factors as they are stored, bf16; an A that was not trained stays the very tensor it was."""
+    return LowRank(A.detach().bfloat16() if A.requires_grad else start.A, B.detach().bfloat16(), start.c)

@@ -1,0 +1,195 @@
+"""The work folder: what an unfinished build has done so far; every file in it is whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from localmoe.build.documents import Document, Message
+from localmoe.packing import Passage
+
+_ROWS = 1024  # documents in one row group, the unit in which the folder is read and embedded,
+_CHARACTERS = 16 * 2**20  # ... or fewer, if they are long
+
+
+class Work:
+    """`<bank>/work/<key>/`: documents, passages, embeddings, clusters, and one record a finished adapter.
+
+    The key is a hash of all that decides the result, so that what lies here is never of another build.
+    """
+
+    def __init__(self, bank: Path, key: str) -> None:
+        self.key = key
+        self.path = bank / "work" / key
+
+    def has(self, name: str) -> bool:
+        """Whether this step has been finished."""
+        return (self.path / name).exists()
+
+    def read_json(self, name: str) -> Any:
+        """Plain data of a finished step."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Plain data, whole or not at all."""
+        self._whole(name, lambda target: target.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+    def write_array(self, name: str, value: np.ndarray) -> None:
+        """An array, whole or not at all."""
+
+        def write(target: Path) -> None:
+            with target.open("wb") as file:
+                np.save(file, value, allow_pickle=False)
+
+        self._whole(name, write)
+
+    def read_array(self, name: str) -> np.ndarray:
+        """An array, memory-mapped."""
+        array: np.ndarray = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        return array
+
+    def documents(self) -> Iterator[list[Document]]:
+        """The documents in batches, in the order of their rows."""
+        for batch in _batches(self.path / "documents.parquet"):
+            yield [_document(row) for row in batch.to_pylist()]
+
+    def write_passages(self, rows: Iterable[tuple[Passage, ...]]) -> None:
+        """The passages of every document, in the order of their rows."""
+        self._whole("passages.parquet", lambda target: write_rows(target, map(_passage_row, rows), _passage_schema()))
+
+    def passages(self, rows: Sequence[int]) -> list[tuple[Passage, ...]]:
+        """The passages of these documents (ascending rows); only they are held in memory."""
+        wanted, found, first = set(rows), [], 0
+        for batch in _batches(self.path / "passages.parquet"):
+            here = [row - first for row in range(first, first + len(batch)) if row in wanted]
+            found += [_passages(row) for row in batch.take(here).to_pylist()]
+            first += len(batch)
+        return found
+
+    def adopt(self, name: str, file: Path) -> None:
+        """Take a finished file in under `name`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file.replace(self.path / name)
+
+    def discard(self) -> None:
+        """Remove this folder and those of earlier, abandoned builds."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+    def _whole(self, name: str, write: Callable[[Path], Any]) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            write(partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def collect(bank: Path, documents: Iterable[Document]) -> tuple[Path, str, int]:
+    """Write documents as they are read; returns the file, a digest of their content and order, and their number."""
+    digest, count = hashlib.sha256(), 0
+    folder = bank / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".documents.{os.getpid()}"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for document in documents:
+            count += 1
+            digest.update(json.dumps([document.id, document.access, document.tags]).encode())
+            yield {
+                "id": document.id,
+                "source": document.source,
+                "text": document.text,
+                "messages": json.dumps([[message.role, message.content] for message in document.messages]),
+                "access": list(document.access),
+                "tags": list(document.tags),
+            }
+
+    try:
+        write_rows(file, rows(), _document_schema())
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return file, digest.hexdigest(), count
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]], schema: Any) -> None:
+    """A Parquet file from rows, a row group at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        held: list[dict[str, Any]] = []
+        size = 0
+        for row in rows:
+            held.append(row)
+            size += sum(len(value) for value in row.values() if isinstance(value, str))
+            if len(held) == _ROWS or size > _CHARACTERS:
+                writer.write_table(pyarrow.Table.from_pylist(held, schema))
+                held, size = [], 0
+        writer.write_table(pyarrow.Table.from_pylist(held, schema))
+
+
+def _batches(file: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as reader:
+        for group in range(reader.num_row_groups):
+            yield reader.read_row_group(group)
+
+
+def _document_schema() -> Any:
+    import pyarrow
+
+    names = pyarrow.list_(pyarrow.string())
+    text = pyarrow.string()
+    return pyarrow.schema(
+        [
+            ("id", text),
+            ("source", text),
+            ("text", text),
+            ("messages", text),
+            ("access", names),
+            ("tags", names),
+        ]
+    )
+
+
+def _passage_schema() -> Any:
+    import pyarrow
+
+    return pyarrow.schema(
+        [
+            ("tokens", pyarrow.list_(pyarrow.list_(pyarrow.int32()))),
+            ("labels", pyarrow.list_(pyarrow.list_(pyarrow.bool_()))),
+        ]
+    )
+
+
+def _passage_row(passages: tuple[Passage, ...]) -> dict[str, Any]:
+    return {
+        "tokens": [passage.tokens.tolist() for passage in passages],
+        "labels": [passage.labels.tolist() for passage in passages],
+    }
+
+
+def _passages(row: dict[str, Any]) -> tuple[Passage, ...]:
+    return tuple(
+        Passage(torch.tensor(tokens), torch.tensor(labels, dtype=torch.bool))
+        for tokens, labels in zip(row["tokens"], row["labels"], strict=True)
+    )
+
+
+def _document(row: dict[str, Any]) -> Document:
+    messages = tuple(Message(role, content) for role, content in json.loads(row["messages"]))
+    return Document(row["id"], row["source"], row["text"], messages, tuple(row["access"]), tuple(row["tags"]))

