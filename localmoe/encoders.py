@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from localmoe.errors import PromptError
-from localmoe.models import hub_errors, locate, quiet
+from localmoe.models import Fingerprint, hub_errors, locate, quiet
 
 
 class Encoder:
@@ -26,6 +26,8 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """φ(x) for every text: [n, dim] fp32, unit rows. Text beyond `max_tokens` is not read."""
+        if not texts:
+            return np.zeros((0, self.dim), dtype=np.float32)
         vectors = self._model.encode(
             [self.prompt + text for text in texts],
             batch_size=32,
@@ -44,6 +46,11 @@ def load_encoder(name: str, revision: str | None = None, prompt: str = "") -> En
 
     with hub_errors("encoder", name), quiet():
         return Encoder(SentenceTransformer(locate(name), revision=revision), name, prompt)
+
+
+def encoder_mark(fingerprint: str) -> Fingerprint:
+    """The key under which this machine remembers where an encoder is (`models.remember`)."""
+    return Fingerprint("encoder", fingerprint)
 
 
 def _fingerprint(model: Any, prompt: str) -> str:

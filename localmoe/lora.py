@@ -129,9 +129,12 @@ def attached(
     try:
         for name, update in adapter.items():
             base = model.get_submodule(name)
-            if train_A or train_B:
-                device = weight_of(base).device
-                update = LowRank(*(t.to(device, torch.float32, copy=True) for t in (update.A, update.B, update.c)))
+            device, trained = weight_of(base).device, train_A or train_B
+            update = LowRank(
+                update.A.to(device, torch.float32 if trained else None, copy=trained),
+                update.B.to(device, torch.float32 if trained else None, copy=trained),
+                update.c.to(device),
+            )
             wrapped[name] = LowRankLinear(base, update, train_A, train_B)
             model.set_submodule(name, wrapped[name])
         yield wrapped

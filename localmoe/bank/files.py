@@ -58,11 +58,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except FileNotFoundError as error:
-        raise BankError(f"{file} is missing", "open the bank again: it may have a newer generation") from error
+        raise missing(file) from error
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         if is_lfs_pointer(file):
             raise BankError(f"{file} is a Git-LFS pointer, not the weights", "fetch them: git lfs pull") from error
         raise BankError(f"{file} is not a whole safetensors file: {error}", "copy it again") from error
+
+
+def missing(file: Path) -> BankError:
+    """The error for a file that was there when the bank was opened."""
+    return BankError(f"{file} is missing", "open the bank again: it may have a newer generation")
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -129,8 +134,9 @@ def temporary(folder: Path, need: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         raise TemporaryError(
-            f"the disk of {folder} is full: needs {size(need)}, has {size(shutil.disk_usage(folder).free)}",
+            f"the disk of {folder} is full: needs {size(need)}, has {size(shutil.disk_usage(there).free)}",
             "make room and type the same command again: what is finished is kept",
         ) from error
     finally:

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Final, Literal
 
@@ -34,13 +35,14 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _MANIFEST_NAME = re.compile(r"manifest-(\d{6,})\.json")
 
 
-def _portable(name: str) -> str:
+def portable(name: str) -> str:
+    """`name`; raises ValueError for what means something on one machine only: absolute paths, `..`, `~`."""
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in name or name[:1] == "~":
-        raise ValueError("must be a hub id or the name of a folder, not a path")
+        raise ValueError(f"{name!r} must be a hub id or the name of a folder, not a path")
     return name
 
 
-ModelName = Annotated[str, Field(min_length=1), AfterValidator(_portable)]
+ModelName = Annotated[str, Field(min_length=1), AfterValidator(portable)]
 ExpertId = Annotated[str, Field(pattern=f"^{ID_PATTERN}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Folder = Annotated[str, Field(pattern=f"^(experts/{ID_PATTERN}|trunk)-[0-9a-f]{{12}}$")]
@@ -174,7 +176,7 @@ class Manifest:
     versions: dict[str, str]
     created: dict[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the canonical JSON without `created` and `generation`: equal content, equal digest."""
         values = as_values(self)

@@ -17,7 +17,7 @@ from localmoe.bank.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, decode_json
 from localmoe.errors import BankError
 from localmoe.lora import Adapter, LowRank
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.{1,200})\.lora_(?P<factor>[AB])\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Keys that say how an adapter was trained or is to be found, and change nothing about ΔW of a finished one.
@@ -29,7 +29,7 @@ _HARMLESS = {
 }
 _READ = {"alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora"}
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-# Patterns come from strangers: at most three simple repetitions, so that matching cannot take for ever.
+# Patterns come from strangers: three simple repetitions and two groups at most, or matching could take for ever.
 _SIMPLE_PATTERN = re.compile(r"[^*+?{]*(?:(?:\.\*|\\d\+)[^*+?{]*){0,3}")
 
 
@@ -53,7 +53,7 @@ def to_peft(
         tensors[f"base_model.model.{module}.lora_A.weight"] = update.A.to(dtype)
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.to(dtype)
     check_finite(tensors | {f"{module}: c": update.c for module, update in adapter.items()}, "the adapter")
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -99,7 +99,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Any]]:
         if match is None:
             raise BankError(f"{where}: {key} is not a LoRA factor", "save the adapter again with LoRA factors alone")
         if tensor.ndim != 2 or 0 in tensor.shape or tensor.dtype not in _DTYPES:
-            raise BankError(f"{where}: {key} is {tensor.dtype} {list(tensor.shape)}, not a matrix of real numbers")
+            raise BankError(
+                f"{where}: {key} is {tensor.dtype} {list(tensor.shape)}, not a matrix of real numbers",
+                "save the adapter again in bf16",
+            )
         factors.setdefault(match["module"], {})[match["factor"]] = tensor
     if not factors:
         raise BankError(f"{where} holds no LoRA factor", "save the adapter again")
@@ -129,7 +132,7 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], where: s
             )
 
 
-def most_common(values: Iterable[float]) -> Any:
+def _most_common(values: Iterable[float]) -> Any:
     """The most frequent value; of several, the largest."""
     return max(Counter(values).items(), key=lambda item: (item[1], item[0]))[0]
 
@@ -163,6 +166,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise BankError(
             f"{folder} is not a PEFT folder: {file.name} is missing", "name the adapter's folder"
         ) from error
+    _check_plain(config, file)
+    checked = dict(config)
+    checked["use_rslora"] = _checked(config.get("use_rslora", False), bool, file, "use_rslora")
+    checked["r"] = _checked(config.get("r"), int, file, "r")
+    checked["lora_alpha"] = _checked(config.get("lora_alpha"), float, file, "lora_alpha")
+    checked["rank_pattern"] = _read_pattern(config.get("rank_pattern"), int, file, "rank_pattern")
+    checked["alpha_pattern"] = _read_pattern(config.get("alpha_pattern"), float, file, "alpha_pattern")
+    return checked
+
+
+def _check_plain(config: Mapping[str, Any], file: Path) -> None:
+    """Raises BankError for all that is more than B·A, and for keys that are not known to be harmless."""
     if config.get("peft_type") != "LORA":
         raise BankError(f"{file}: peft_type is {config.get('peft_type')!r}", "only LoRA adapters can be experts")
     start = config.get("init_lora_weights", True)
@@ -178,13 +193,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{file}: {key} = {value!r} is more than a plain LoRA and would be lost",
                 "train or export the adapter without it",
             )
-    plain = dict(config)
-    plain["use_rslora"] = _checked(config.get("use_rslora", False), bool, file, "use_rslora")
-    plain["r"] = _checked(config.get("r"), int, file, "r")
-    plain["lora_alpha"] = _checked(config.get("lora_alpha"), float, file, "lora_alpha")
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
-        plain[key] = _read_pattern(config.get(key), kind, file, key)
-    return plain
 
 
 def _read_pattern(patterns: Any, kind: type, file: Path, key: str) -> dict[str, Any]:
@@ -194,13 +202,19 @@ def _read_pattern(patterns: Any, kind: type, file: Path, key: str) -> dict[str, 
         raise BankError(f"{file}: {key} is not an object", "save the adapter again")
     for pattern, value in patterns.items():
         _checked(value, kind, file, f"{key}[{pattern!r}]")
-        try:
-            plain = _SIMPLE_PATTERN.fullmatch(pattern) is not None and re.compile(pattern)
-        except re.error:
-            plain = False
-        if not plain:
+        if not _is_simple(pattern):
             raise BankError(f"{file}: {key}: {pattern!r} is no simple pattern", "name the modules in full")
     return patterns
+
+
+def _is_simple(pattern: str) -> bool:
+    if _SIMPLE_PATTERN.fullmatch(pattern) is None or pattern.count("(") > 2:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _checked(value: Any, kind: type, file: Path, key: str) -> Any:

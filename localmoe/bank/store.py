@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from localmoe.bank.files import check_finite, read_tensors
+from localmoe.bank.files import check_finite, missing, read_tensors
 from localmoe.bank.integrity import damage, file_problems
 from localmoe.bank.manifest import (
     AdapterRecord,
@@ -59,7 +59,7 @@ class Bank:
     def expert(self, expert_id: str) -> ExpertRecord:
         """The record of one expert; raises UnknownNameError that lists the nearest ids."""
         if expert_id not in self._rows:
-            near = difflib.get_close_matches(expert_id, self._rows, n=5, cutoff=0.5) or list(self._rows)[:5]
+            near = difflib.get_close_matches(expert_id, self._rows, n=5, cutoff=0)
             raise UnknownNameError(
                 "expert", expert_id, self._rows, f"there are {len(self._rows)}, such as {', '.join(near)}"
             )
@@ -90,8 +90,8 @@ class Bank:
                 "leave it out, or build again",
             )
         adapter = self._read(record.adapter)
-        trunk = self.trunk()
-        if self.manifest.recipe != "trunk-shared" or trunk is None:
+        trunk = self.trunk() if self.manifest.recipe == "trunk-shared" else None
+        if trunk is None:
             return adapter
         return _with_shared_factors(adapter, trunk, self.path / record.adapter.folder)
 
@@ -117,7 +117,9 @@ class Bank:
 
     def texts(self, ids: Sequence[str]) -> list[str]:
         """The texts of documents, in the order asked for; raises UnknownNameError for an unknown id."""
-        table = _read_table(self._file("texts"), filters=[("id", "in", list(ids))] if ids else None)
+        if not ids:
+            return []
+        table = _read_table(self._file("texts"), filters=[("id", "in", list(ids))])
         found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
         for document in ids:
             if document not in found:
@@ -133,7 +135,11 @@ class Bank:
 
     def clusters(self) -> dict[str, Any]:
         """The cluster tree and the elbow curve."""
-        return decode_json(self._file("clusters"))
+        file = self._file("clusters")
+        try:
+            return decode_json(file)
+        except FileNotFoundError as error:
+            raise missing(file) from error
 
     def _vectors(self, name: str) -> Tensor:
         file = self._file("centroids")
@@ -164,15 +170,14 @@ def verify(bank: Bank) -> list[str]:
 
 def _checks(bank: Bank) -> Iterator[Callable[[], object]]:
     yield partial(_check_centroids, bank)
-    if bank.manifest.trunk is not None:
-        yield partial(_check_adapter, bank.trunk, "the trunk")
+    yield partial(_check_trunk, bank)
     for expert in bank.manifest.experts:
         if expert.adapter is not None:
-            yield partial(_check_adapter, partial(bank.adapter, expert.id), f"expert {expert.id}")
+            yield partial(_check_expert, bank, expert.id)
     if "documents" in bank.manifest.files and "embeddings" in bank.manifest.files:
         yield partial(_check_documents, bank)
     if "texts" in bank.manifest.files:
-        yield partial(bank.texts, ())
+        yield partial(_read_table, bank._file("texts"))
     if "clusters" in bank.manifest.files:
         yield bank.clusters
 
@@ -183,8 +188,14 @@ def _check_centroids(bank: Bank) -> None:
         raise BankError(f"{bank.path}: a centroid is not a unit vector")
 
 
-def _check_adapter(read: Callable[[], Adapter | None], name: str) -> None:
-    check_values(read() or {}, name)
+def _check_trunk(bank: Bank) -> None:
+    trunk = bank.trunk()
+    if trunk is not None:
+        check_values(trunk, f"{bank.path}: the trunk")
+
+
+def _check_expert(bank: Bank, expert_id: str) -> None:
+    check_values(bank.adapter(expert_id), f"{bank.path}: expert {expert_id}")
 
 
 def _check_documents(bank: Bank) -> None:
@@ -221,7 +232,6 @@ def _read_table(file: Path, filters: Any = None) -> Any:
     import pyarrow.parquet
 
     try:
-        # partitioning=None: a parent folder called "split=train" is no column
-        return pyarrow.parquet.read_table(file, memory_map=True, filters=filters, partitioning=None)
+        return pyarrow.parquet.read_table(file, memory_map=True, filters=filters)
     except (OSError, pyarrow.ArrowException) as error:
         raise BankError(f"{file} is not a whole parquet file: {error}", "copy the bank again") from error

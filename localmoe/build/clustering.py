@@ -23,8 +23,8 @@ T = TypeVar("T")
 _BLOCK = 2048
 """Rows that a thread holds in fp32 at a time (3 MiB at d = 384: they stay in its cache)."""
 
-_SAMPLE = 8192
-"""Rows on which the starts of a 2-means are drawn and refined first (12 MiB at d = 384)."""
+_SAMPLES = (1024, 8192)
+"""Rows on which the starts of a 2-means are drawn and refined first (12 MiB of fp32 at d = 384)."""
 
 _SAME = 1e-6
 """Two rows at a smaller squared distance are one point: keeping unit rows in fp16 moves them about as far."""
@@ -60,7 +60,7 @@ class Clustering:
     tree: tuple[Node, ...]
     """The root, then a pair for every split."""
     curve: tuple[tuple[int, float, float], ...]
-    """(clusters, total inertia, largest bound 2·max‖x − μ‖ of a diameter): for one cluster and after every split."""
+    """(clusters, total inertia, largest diameter bound 2·max‖x − μ‖): of one cluster, then after every split."""
     refused: int
     """Clusters left whole because a child would have held fewer than `min_tokens` tokens."""
 
@@ -97,12 +97,12 @@ def bisect(
 ) -> Clustering:
     """Bisecting k-means: 2-means of the cluster that `config.criterion` puts first, until there are `clusters`.
 
-    embeddings: [n, d] unit rows, fp32 or fp16, also a memory map; tokens: [n] of each document, none = no minimum.
-    A start of 2-means has converged when Σ‖Δc‖² ≤ tolerance · (mean variance of the columns of all embeddings).
-    K falls below `clusters` when each cluster left is refused, or one point, perhaps many times.
+    embeddings: [n, d] unit rows, fp32 or fp16, a memory map too; tokens: [n] of each document, none = no minimum.
+    A start of 2-means has converged when Σ‖Δc‖² ≤ tolerance · (mean variance of the columns of `embeddings`).
+    K falls below `clusters` when every cluster left is refused, or one point, perhaps many times.
     Held beside `embeddings`: 8192 rows in fp32, a few blocks of 2048 for every thread, and about
-    50 + 6 · restarts bytes a point. Equal inputs and seed give equal clusters, whatever the number of threads.
-    Raises LocalMoEError for a row that is not of length one, ValueError for arguments that do not fit together.
+    80 + 5 · restarts bytes a point. Equal inputs and seed give equal clusters, however many threads there are.
+    Raises LocalMoEError for a row that is not of length one, ValueError for arguments that do not go together.
     """
     n = len(embeddings)
     if embeddings.ndim != 2 or embeddings.dtype not in (np.float32, np.float16) or n == 0 or clusters < 1:
@@ -152,20 +152,18 @@ def _split(
 ) -> tuple[_Cluster, _Cluster] | None:
     """The two halves that 2-means finds, or None if the cluster is one point.
 
-    Starts are drawn from a sample and refined on it; where the cluster has more rows, all are then refined on all.
+    Starts are drawn from a small sample and refined on it, then all of them on a larger one, then on all rows.
     """
-    sample, drawn = _sampled(data, parent, random)
-    centres = _seeds(sample, drawn.rows, config.restarts, random)
-    if centres.shape[1] == 0:  # the sample is one point, the cluster need not be
-        centres = _seeds(data, parent.rows, config.restarts, random)
-    if centres.shape[1] == 0:
+    centres = torch.empty(2, 0, len(parent.mean))
+    for size in (*(size for size in _SAMPLES if size < parent.points), parent.points):
+        part, drawn = _drawn(data, parent, size, random)
+        if centres.shape[1] == 0:
+            centres = _seeds(part, drawn.rows, config.restarts, random)
+        if centres.shape[1] > 0:
+            side, centres, gain = _lloyd(part, drawn, centres, config.max_iterations, tolerance)
+    if centres.shape[1] == 0 or gain.max() <= 0:
         return None
-    side, centres, gain = _lloyd(sample, drawn, centres, config.max_iterations, tolerance)
-    if drawn.points < parent.points:
-        side, centres, gain = _lloyd(data, parent, centres, config.max_iterations, tolerance)
     best = int(gain.argmax())
-    if gain[best] <= 0:
-        return None
     right = side[:, best]
     return (
         _measure(data, parent.rows[~right], centres[0, best]),
@@ -173,16 +171,17 @@ def _split(
     )
 
 
-def _sampled(data: _Data, parent: _Cluster, random: np.random.Generator) -> tuple[_Data, _Cluster]:
-    """At most `_SAMPLE` rows of a cluster, gathered, and the cluster that they are."""
+def _drawn(data: _Data, parent: _Cluster, size: int, random: np.random.Generator) -> tuple[_Data, _Cluster]:
+    """`size` rows of a cluster, gathered as data of their own unless they are too many, and the cluster they are."""
+    if size > _SAMPLES[-1]:
+        return data, parent
     rows = parent.rows
-    if parent.points > _SAMPLE:
-        rows = rows[torch.from_numpy(np.sort(random.choice(parent.points, _SAMPLE, replace=False)))]
+    if size < parent.points:
+        rows = rows[torch.from_numpy(np.sort(random.choice(parent.points, size, replace=False)))]
     values = _load(data.values, rows)
-    mean = values.sum(0).double() / len(rows)
+    mean = values.sum(0).double() / size
     radius = parent.radius + float((mean - parent.mean).norm())
-    drawn = replace(parent, rows=torch.arange(len(rows)), points=len(rows), mean=mean, radius=radius)
-    return _Data(values, data.pool), drawn
+    return _Data(values, data.pool), replace(parent, rows=torch.arange(size), points=size, mean=mean, radius=radius)
 
 
 def _seeds(data: _Data, rows: Tensor, restarts: int, random: np.random.Generator) -> Tensor:
@@ -211,7 +210,7 @@ def _lloyd(
 
     centres: [2, R, d] fp64. x is on side 1 if s = x·w − t > 0, where w = c1 − c0 and t = (‖c1‖² − ‖c0‖²)/2.
     As w and t move, s changes by at most max‖x − μ‖·‖Δw‖ + |μ·Δw − Δt|: only rows whose |s| these bounds have
-    used up since they were read are read again (Hamerly's rule), and only rows that change sides move the sums.
+    used up since they were last read are read again (Hamerly), and only rows that change sides move the sums.
     """
     points, restarts = cluster.points, centres.shape[1]
     side = torch.zeros(points, restarts, dtype=torch.bool)
@@ -245,7 +244,7 @@ def _plane(centres: Tensor) -> tuple[Tensor, Tensor]:
 def _assigned(
     data: _Data, rows: Tensor, w: Tensor, t: Tensor, side: Tensor, margin: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Renew `side` and `margin` where the margin is used up; what that adds to side 1: sums [R, d], counts [R]."""
+    """Renew `side` and `margin` where the margin is used up; yields what side 1 gains: sums [R, d], counts [R]."""
     stale = (margin.amin(1) < 0).nonzero()[:, 0]
     normal, offset = w.float(), t.float()
 
@@ -255,6 +254,9 @@ def _assigned(
         now = score > 0
         change = now.float() - side[here].float()
         side[here], margin[here] = now, score.abs_()
+        movers = change.any(1).nonzero()[:, 0]
+        if len(movers) < len(x) // 2:
+            x, change = x[movers], change[movers]
         return (change.T @ x).double(), change.sum(0).double()
 
     return _over(data, rows[stale], assign)
@@ -266,14 +268,14 @@ def _measure(data: _Data, rows: Tensor, centre: Tensor) -> _Cluster:
 
     def differences(place: slice, x: Tensor) -> tuple[Tensor, float, float]:
         difference = x - near
-        squares = difference.square().sum(1)
-        return difference.sum(0).double(), float(squares.sum()), float(squares.max())
+        lengths = torch.linalg.vector_norm(difference, dim=1)
+        return difference.sum(0).double(), float(lengths.square().sum()), float(lengths.max())
 
     rest, inertia, radius = torch.zeros_like(centre), 0.0, 0.0
     for more, squares, largest in _over(data, rows, differences):
         rest += more
         inertia += squares
-        radius = max(radius, largest**0.5)
+        radius = max(radius, largest)
     rest /= len(rows)
     inertia = max(0.0, inertia - len(rows) * float(rest.square().sum()))
     return _Cluster(rows, len(rows), near.double() + rest, inertia, radius)
@@ -315,7 +317,7 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _over(data: _Data, rows: Tensor, work: Callable[[slice, Tensor], T]) -> Iterator[T]:
-    """`work(place, x)` for every block: its place in `rows` and those rows of the data in fp32; results in order."""
+    """`work(place, x)` of every block, in order: its place in `rows`, and those rows of the data in fp32."""
 
     def block(start: int) -> T:
         place = slice(start, start + _BLOCK)
@@ -340,7 +342,7 @@ def _as_tensor(embeddings: np.ndarray) -> Tensor:
 
 
 def _described(data: _Data, found: list[_Cluster], refused: int) -> Clustering:
-    """Number the leaves from left to right; of two children, the one more like the leaf before stands left."""
+    """Number the leaves from left to right: of two children, the one more like the leaf before comes first."""
     nodes = [Node(-1, -1, -1, cluster.points, cluster.inertia, cluster.radius) for cluster in found]
     leaves: list[_Cluster] = []
     assignment = torch.empty(len(data.values), dtype=torch.int32)

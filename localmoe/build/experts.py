@@ -18,7 +18,7 @@ from localmoe.build.training import DivergedError, Progress, Trained, fresh_adap
 from localmoe.build.work import Work
 from localmoe.config import TrainConfig, as_dict
 from localmoe.lora import Adapter
-from localmoe.models import load_model, load_tokenizer, needs_transpose
+from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
 from localmoe.packing import Passage
 
 ATTEMPTS = 2
@@ -56,7 +56,9 @@ class AdapterResult:
 @lru_cache(maxsize=1)
 def workplace(base: str, revision: str | None) -> tuple[Any, Any]:
     """Base model and tokenizer of this process, loaded once for all its tasks."""
-    return load_model(base, revision), load_tokenizer(base, revision)
+    model = load_model(base, revision)
+    check_packing(model)
+    return model, load_tokenizer(base, revision)
 
 
 def result_file(name: str) -> str:

@@ -49,10 +49,10 @@ from localmoe.build.progress import Event, Stage, Watch, unwatched
 from localmoe.build.rows import Rows, read_rows
 from localmoe.build.work import Work, collect
 from localmoe.config import BuildConfig, as_dict
-from localmoe.encoders import Encoder, load_encoder
+from localmoe.encoders import Encoder, encoder_mark, load_encoder
 from localmoe.errors import ConfigError, TemporaryError, UsageError
 from localmoe.lora import weight_of
-from localmoe.models import compute_dtype, fingerprint, remember, target_linears
+from localmoe.models import context_length, fingerprint, remember, target_linears
 from localmoe.routing import Centroids
 
 PREFIX_TOKENS = 50
@@ -89,6 +89,7 @@ def build(
 
 def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch: Watch, started: float) -> Bank:
     model, tokenizer = training.workplace(config.base, config.revision)
+    _check_passages(model, config)
     encoder = load_encoder(config.encoder)
     report = ReportBuilder()
     file, content, count = collect(path, _watched(read_corpus(source, config.corpus, report), watch))
@@ -138,6 +139,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     committed = commit(path, manifest)
     work.discard()
     remember(config.base, mark)
+    remember(config.encoder, encoder_mark(encoder.fingerprint))
     watch(Event("commit", 1, 1, f"generation {committed.generation} of {path}"))
     return Bank.open(path)
 
@@ -419,6 +421,15 @@ def adapter_bytes(model: Any, rank: int) -> int:
     return sum(2 * rank * sum(weight_of(module).shape) for module in target_linears(model).values())
 
 
+def _check_passages(model: Any, config: BuildConfig) -> None:
+    limit = context_length(model)
+    if config.corpus.passage_tokens > limit:
+        raise ConfigError(
+            f"passages of {config.corpus.passage_tokens:,} tokens do not fit the base model's context of {limit:,}",
+            f"set corpus.passage_tokens={limit} or less",
+        )
+
+
 def _check_disk(path: Path, model: Any, config: BuildConfig, clusters: int) -> None:
     need = (clusters + 1) * adapter_bytes(model, config.train.rank)
     free = shutil.disk_usage(path).free
@@ -461,7 +472,7 @@ def _versions(model: Any) -> dict[str, str]:
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": str(model.device.type),
-        "dtype": str(compute_dtype(model.device)),
+        "dtype": str(model.dtype),
         "threads": str(torch.get_num_threads()),
     }
 

@@ -65,16 +65,17 @@ def read_jsonl(stream: BinaryIO, file: str, config: CorpusConfig, report: Report
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
         source = f"{file}:{number}"
-        if number == 1:
-            if encoding_of(line) not in ("utf-8", "utf-8-sig"):
-                raise NotRead("undecodable", f"{encoding_of(line)}, but JSONL is UTF-8")
-            line = line.removeprefix(codecs.BOM_UTF8)
+        if number == 1 and encoding_of(line) not in ("utf-8", "utf-8-sig"):
+            raise NotRead("undecodable", f"{encoding_of(line)}, but JSONL is UTF-8")
         if len(line) > MAX_DOCUMENT_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(PIECE_BYTES)
             report.records += 1
             report.skip(source, "too_large", f"a line of more than {MAX_DOCUMENT_BYTES} bytes")
-        elif not line.isspace():
+            continue
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
             report.records += 1
             try:
                 yield Record(file, source, _json_object(line))

@@ -67,10 +67,13 @@ class Work:
 
     def passages(self, rows: Sequence[int]) -> list[tuple[Passage, ...]]:
         """The passages of these documents (ascending rows); only they are held in memory."""
-        wanted, found, first = set(rows), [], 0
+        import pyarrow
+
+        wanted, first = set(rows), 0
+        found: list[tuple[Passage, ...]] = []
         for batch in _batches(self.path / "passages.parquet"):
             here = [row - first for row in range(first, first + len(batch)) if row in wanted]
-            found += [_passages(row) for row in batch.take(here).to_pylist()]
+            found += [_passages(row) for row in batch.take(pyarrow.array(here, pyarrow.int64())).to_pylist()]
             first += len(batch)
         return found
 
@@ -137,7 +140,8 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]], schema: Any) -> None:
             if len(held) == _ROWS or size > _CHARACTERS:
                 writer.write_table(pyarrow.Table.from_pylist(held, schema))
                 held, size = [], 0
-        writer.write_table(pyarrow.Table.from_pylist(held, schema))
+        if held:
+            writer.write_table(pyarrow.Table.from_pylist(held, schema))
 
 
 def _batches(file: Path) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from localmoe.errors import PromptError
 from localmoe.models import context_length, text_streamer
 
 
-def prompt_tokens(tokenizer: Any, model: Any, prompt: str | list[dict[str, str]], new_tokens: int) -> torch.Tensor:
+def prompt_tokens(tokenizer: Any, model: Any, prompt: str | Sequence[dict[str, str]]) -> torch.Tensor:
     """Token ids [1, n] of a text, or of a conversation through the chat template.
 
     Raises PromptError if there is no token, no chat template, or no room for one more token in the context.
@@ -23,9 +23,9 @@ def prompt_tokens(tokenizer: Any, model: Any, prompt: str | list[dict[str, str]]
     else:
         if tokenizer.chat_template is None:
             raise PromptError("the base model has no chat template", "give the prompt as plain text instead")
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
+        ids = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
     length, limit = ids.shape[1], context_length(model)
     if length == 0:
         raise PromptError("the prompt is empty", "write something for the model to go on from")

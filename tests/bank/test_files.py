@@ -72,6 +72,15 @@ def test_a_full_disk_is_a_temporary_error_and_leaves_nothing_s6(tmp_path: Path, 
         assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_too_full_for_a_folder_is_a_temporary_error_too_s6(tmp_path: Path, monkeypatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(TemporaryError, match="is full"):
+        WRITERS["json"](tmp_path / "a" / "b")
+
+
 def test_other_errors_of_the_disk_are_not_called_full(tmp_path: Path, monkeypatch) -> None:
     def broken(descriptor: int) -> None:
         raise OSError(errno.EIO, "input/output error")

@@ -14,6 +14,7 @@ import torch
 from tiny_bank import random_adapter, write_bank
 
 from localmoe.bank import generations as module
+from localmoe.bank import store
 from localmoe.bank.adapters import write_adapter
 from localmoe.bank.generations import collect_garbage, commit, remove
 from localmoe.bank.lock import build_lock
@@ -105,9 +106,7 @@ def test_killed_in_the_first_build_there_is_no_bank_or_a_whole_one_s2(tmp_path: 
     assert step > 20
 
 
-def test_content_is_on_the_disk_before_its_name_and_every_name_before_the_manifest_s5(
-    tmp_path, monkeypatch
-) -> None:
+def test_content_is_on_the_disk_before_its_name_and_every_name_before_the_manifest_s5(tmp_path, monkeypatch) -> None:
     synced: set[int] = set()
     unsynced_folders: set[Path] = set()
     fsync = os.fsync
@@ -229,14 +228,29 @@ def test_a_reader_never_sees_half_a_generation_s11(bank_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for number in range(12):
-        commit(bank_path, replace(with_new_expert(bank_path), created={"number": number}))
-        if number % 3 == 0:
-            collect_garbage(bank_path)
-    done.set()
-    reader.join()
+    try:
+        for number in range(12):
+            commit(bank_path, replace(with_new_expert(bank_path), created={"number": number}))
+            if number % 3 == 0:
+                collect_garbage(bank_path)
+    finally:
+        done.set()
+        reader.join()
     assert not failures
     assert len(seen) > 1
+
+
+def test_a_generation_that_is_pruned_while_it_is_opened_gives_way_to_the_next_s11(bank_path, monkeypatch) -> None:
+    check = store.file_problems
+
+    def prune_first(path: Path, manifest: Manifest, contents: bool) -> list[str]:
+        monkeypatch.undo()
+        commit(path, with_new_expert(path))
+        collect_garbage(path)
+        return check(path, manifest, contents)
+
+    monkeypatch.setattr(store, "file_problems", prune_first)
+    assert Bank.open(bank_path).manifest.generation == 2
 
 
 def test_a_removed_expert_takes_its_row_and_its_documents_with_it(bank_path: Path) -> None:

@@ -25,9 +25,7 @@ HOLDER = (
 def test_a_second_builder_is_told_at_once_who_builds_s8_and_a_dead_one_is_no_obstacle_s10(
     tmp_path: Path,
 ) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         who = rf"pid {holder.pid} on .*, since 20\d\d-"

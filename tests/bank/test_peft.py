@@ -32,9 +32,7 @@ def llama() -> torch.nn.Module:
 def gpt2() -> torch.nn.Module:
     torch.manual_seed(0)
     ids = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, **ids)
-    ).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, **ids)).eval()
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
@@ -192,12 +190,16 @@ def test_an_adapter_without_modules_is_not_written() -> None:
         to_peft({}, "tiny", False)
 
 
-@pytest.mark.parametrize(
-    "name", ["experts/../x", "experts/A", "/x", "trunk/x", "experts/", "experts/" + "x" * 65]
-)
+@pytest.mark.parametrize("name", ["experts/../x", "experts/A", "/x", "trunk/x", "experts/", "experts/" + "x" * 65])
 def test_a_name_that_is_no_id_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="cannot name"):
         write_adapter(tmp_path, name, adapter_for(llama()), "tiny", False)
+
+
+@pytest.mark.parametrize("base", ["/home/me/model", "..\\model", "~/model", "C:\\model"])
+def test_a_path_on_this_machine_is_not_written_as_the_base(tmp_path: Path, base: str) -> None:
+    with pytest.raises(UsageError, match="not a path"):
+        write_adapter(tmp_path, "trunk", adapter_for(llama()), base, False)
 
 
 def saved(tmp_path: Path, **changes: object) -> Path:
@@ -236,6 +238,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": "9"}}, "alpha_pattern"),
         ({"alpha_pattern": {"(a+)+": 9}}, "simple pattern"),
+        ({"alpha_pattern": {"(a|aa)" * 40: 9}}, "simple pattern"),
         ({"alpha_pattern": {"(q_proj": 9}}, "simple pattern"),
     ],
 )

@@ -63,12 +63,6 @@ def test_a_bank_without_texts_says_so(make_bank: Callable[..., Path]) -> None:
         Bank.open(make_bank(texts=False)).texts(["document-0"])
 
 
-def test_a_parent_folder_that_looks_like_a_partition_adds_no_column(make_bank: Callable[..., Path]) -> None:
-    bank = Bank.open(make_bank("split=train/tokens=3"))
-    assert bank.documents()["split"].to_pylist()[3] == "tune"
-    assert set(bank.documents().column_names) == set(DOCUMENT_COLUMNS)
-
-
 def test_routing_may_use_good_and_unchecked_experts_alone(bank_path: Path) -> None:
     assert [expert.id for expert in Bank.open(bank_path).routable()] == ["birds", "tea"]
 
@@ -157,6 +151,19 @@ def test_a_flipped_bit_in_any_file_is_found_by_verify_s13(bank_path: Path) -> No
             Bank.open(bank_path, verify=True)
         file.write_bytes(good)
     assert verify(bank) == []
+
+
+def test_verify_goes_on_past_whatever_file_is_missing_or_empty(bank_path: Path) -> None:
+    bank = Bank.open(bank_path)
+    for name in bank.manifest.named_files():
+        file = bank_path / name
+        good = file.read_bytes()
+        file.write_bytes(b"")
+        assert verify(Bank(bank_path, bank.manifest))[0].startswith(f"{name} is 0.0 MB (0 bytes), the manifest says")
+        file.unlink()
+        assert verify(Bank(bank_path, bank.manifest))[0] == f"{name} is missing"
+        file.write_bytes(good)
+    assert verify(Bank(bank_path, bank.manifest)) == []
 
 
 def test_missing_files_are_named(bank_path: Path) -> None:
@@ -248,9 +255,7 @@ def test_opening_reads_no_tensor_and_imports_neither_peft_nor_transformers(bank_
         "bank = Bank.open(pathlib.Path(sys.argv[1]))\n"
         "print(len(bank.routable()), [m for m in ('peft', 'transformers', 'pyarrow') if m in sys.modules])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(bank_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(bank_path)], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "2 []"
 
 

@@ -78,20 +78,14 @@ def write_bank(path: Path, shared: bool = False, texts: bool = True) -> Manifest
         "clusters": write_json(path, "clusters", {"tree": [[0, 1], 2], "curve": [1.0, 0.5]}),
     }
     if texts:
-        files["texts"] = write_table(
-            path, "texts", pyarrow.table({"id": ids, "text": [f"text of {i}" for i in ids]})
-        )
+        files["texts"] = write_table(path, "texts", pyarrow.table({"id": ids, "text": [f"text of {i}" for i in ids]}))
     return Manifest(
         format=FORMAT,
         generation=0,
         recipe="trunk-shared" if shared else "trunk",
         base=BaseRecord(id="org/tiny", revision=None, architecture="a1", weights="b2"),
-        encoder=EncoderRecord(
-            id="org/mini", revision=None, fingerprint="c3", dim=4, prompt="", max_tokens=16
-        ),
-        router=RouterRecord(
-            name="sparse_softmax", beta=0.05, tau=0.01, max_experts=50, active=2.5, wanted=3.0
-        ),
+        encoder=EncoderRecord(id="org/mini", revision=None, fingerprint="c3", dim=4, prompt="", max_tokens=16),
+        router=RouterRecord(name="sparse_softmax", beta=0.05, tau=0.01, max_experts=50, active=2.5, wanted=3.0),
         trunk=write_adapter(path, "trunk", random_adapter(100, A), "tiny", False, training),
         trunk_outcome=Outcome(status="good", documents=6, nll=2.0, reference_nll=3.0, reason=None),
         experts=tuple(experts),

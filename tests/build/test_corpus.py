@@ -133,9 +133,7 @@ def test_s25_an_empty_corpus_says_what_was_looked_for_and_what_left_out(tmp_path
         read(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.png").write_bytes(b"\0")
-    with pytest.raises(
-        CorpusError, match=r"1 left out by corpus\.include.*1 binary|1 binary.*1 left out"
-    ) as error:
+    with pytest.raises(CorpusError, match=r"1 left out by corpus\.include.*1 binary|1 binary.*1 left out") as error:
         read(tmp_path, exclude=("*.txt",))
     assert "corpus.exclude" in error.value.remedy
 
@@ -203,6 +201,7 @@ def test_seen_keys_take_at_most_sixteen_bytes_each(monkeypatch):
     tracemalloc.stop()
     constant = 100_000  # the keys not merged yet
     assert new == n
+    assert len(seen._runs) <= 8  # of 500 · 2^k keys each, so that a look-up is fast
     assert current - before < 8 * n + constant
     assert peak - before < 16 * n + constant
 
@@ -244,9 +243,7 @@ def damaged(draw):
     if draw(st.booleans()):
         return suffix, draw(st.binary(max_size=60))
     data = bytearray(VALID[suffix])
-    for place, value in draw(
-        st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=4)
-    ):
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=4)):
         data[place] = value
     return suffix, bytes(data[: draw(st.integers(0, len(data)))])
 

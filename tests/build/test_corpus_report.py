@@ -29,9 +29,7 @@ def test_the_lines_name_counts_sources_and_reasons_and_escape_control_characters
     report.skip("a.jsonl:7", "malformed", "not JSON")
     report.skip("a.jsonl:9", "malformed", "not JSON")
     lines = report.finish().lines()
-    assert lines[0].startswith(
-        "2 documents (1 with restricted access, 15 characters in all) from 2 files and 1,234"
-    )
+    assert lines[0].startswith("2 documents (1 with restricted access, 15 characters in all) from 2 files and 1,234")
     assert "'hr/*'" in lines[1]
     assert lines[2] == "2 malformed: e.g. a.jsonl:7 (not JSON)"
     assert lines[3] == "1 binary: '\\x1b[2J.png'"

@@ -30,10 +30,7 @@ def test_prompt_and_completion_become_the_turns_of_user_and_assistant():
     assert found.messages == (Message("user", "Why?"), Message("assistant", "So."))
     assert found.text == ""
     assert (
-        found.id
-        == document(
-            messages=[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-        ).id
+        found.id == document(messages=[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]).id
     )
 
 
@@ -87,9 +84,7 @@ def test_a_record_is_public_only_without_an_access_value(public):
     assert document(text="a", **public).access == ()
 
 
-@pytest.mark.parametrize(
-    "value", [0, 7, False, 1.5, "", " ", {}, {"hr": True}, [None], [["hr"]], ["hr", 3], [""]]
-)
+@pytest.mark.parametrize("value", [0, 7, False, 1.5, "", " ", {}, {"hr": True}, [None], [["hr"]], ["hr", 3], [""]])
 def test_an_access_value_of_a_wrong_type_is_an_error_and_never_public(value):
     with pytest.raises(CorpusError, match=r"a\.jsonl:1.*'who'"):
         document(text="a", who=value)
@@ -147,11 +142,7 @@ def test_a_split_depends_on_id_and_seed_and_nothing_else():
 def test_test_documents_stay_test_documents_when_the_tune_share_changes():
     ids = [content_id(str(number)) for number in range(300)]
     tests = [
-        {
-            name
-            for name in ids
-            if split_of(name, 0, CorpusConfig(tune_fraction=tune, test_fraction=0.2)) == "test"
-        }
+        {name for name in ids if split_of(name, 0, CorpusConfig(tune_fraction=tune, test_fraction=0.2)) == "test"}
         for tune in (0.0, 0.05, 0.5)
     ]
     assert tests[0]

@@ -16,9 +16,7 @@ from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 
 PAGE = "<html><head>{head}</head><body><nav><a href='/'>Home</a></nav><article>{body}</article></body></html>"
-PARAGRAPH = (
-    "<p>The größte boat lay at the quay all summer, and nobody in the village knew whose it was any more.</p>"
-)
+PARAGRAPH = "<p>The größte boat lay at the quay all summer, and nobody in the village knew whose it was any more.</p>"
 
 
 def text_of(suffix: str, data: bytes) -> str:
@@ -47,9 +45,7 @@ def pdf(*pages: str) -> bytes:
         )
         objects.append(f"<< /Length {len(drawn)} >>\nstream\n{drawn}\nendstream")
     body = "".join(f"{number} 0 obj\n{content}\nendobj\n" for number, content in enumerate(objects, 1))
-    return (
-        f"%PDF-1.4\n{body}trailer\n<< /Root 1 0 R /Size {len(objects) + 1} >>\nstartxref\n0\n%%EOF\n".encode()
-    )
+    return f"%PDF-1.4\n{body}trailer\n<< /Root 1 0 R /Size {len(objects) + 1} >>\nstartxref\n0\n%%EOF\n".encode()
 
 
 def notebook(*cells: tuple[str, str]) -> bytes:
@@ -61,17 +57,13 @@ def notebook(*cells: tuple[str, str]) -> bytes:
     return json.dumps({"cells": made, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}).encode()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "package"), [(".pdf", "pypdf"), (".html", "trafilatura"), (".ipynb", "nbformat")]
-)
+@pytest.mark.parametrize(("suffix", "package"), [(".pdf", "pypdf"), (".html", "trafilatura"), (".ipynb", "nbformat")])
 def test_a_missing_package_is_a_reason_and_not_an_error(monkeypatch, suffix, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert reason_of(suffix, b"") == "missing_package"
 
 
-def test_without_packages_other_files_are_read_and_the_rest_is_fatal_only_if_nothing_is_left(
-    tmp_path, monkeypatch
-):
+def test_without_packages_other_files_are_read_and_the_rest_is_fatal_only_if_nothing_is_left(tmp_path, monkeypatch):
     for package in ("pypdf", "trafilatura", "nbformat"):
         monkeypatch.setitem(sys.modules, package, None)
     for name in ("a.pdf", "b.html", "c.ipynb"):
@@ -121,7 +113,7 @@ def test_a_notebook_gives_its_cells_and_not_their_outputs():
 
 def test_a_page_without_main_text_gives_all_of_its_text():
     pytest.importorskip("trafilatura")
-    assert "hello" in text_of(".html", b"<html><body><div>hello</div></body></html>")
+    assert "hello" in text_of(".html", b"<html><body><div class='comments'>hello</div></body></html>")
 
 
 @pytest.mark.parametrize(("suffix", "package"), [(".pdf", "pypdf"), (".ipynb", "nbformat")])

@@ -20,7 +20,7 @@ def stream(rows: list[dict[str, object]]) -> object:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """`hub(answer)` makes load_dataset return it, or raise it; the calls are collected in `hub.calls`."""
+    """`hub(answer)` makes load_dataset return the answer, or raise it, and returns the list of calls."""
     monkeypatch.chdir(tmp_path)
     calls = []
 
@@ -125,7 +125,7 @@ def test_without_the_package_the_pip_line_is_given(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["./name", "/name", "../name", "a/b/c", "name/", "name.jsonl", "name.txt.gz", "a b"]
+    "source", ["./name", "/name", "../name", "a/b/c", "name/", "name.jsonl", "name.txt.gz", "name.gz", "a b"]
 )
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub, source):
     calls = hub(stream([{"text": "a"}]))

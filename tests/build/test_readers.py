@@ -19,9 +19,7 @@ from localmoe.build.readers import kind_of, read_file, wanted_fields
 from localmoe.config import CorpusConfig
 
 
-def records(
-    path: Path, report: ReportBuilder | None = None, **config: object
-) -> list[tuple[str, dict[str, object]]]:
+def records(path: Path, report: ReportBuilder | None = None, **config: object) -> list[tuple[str, dict[str, object]]]:
     builder = ReportBuilder() if report is None else report
     found = read_file(path, path.name, CorpusConfig(**config), builder)  # type: ignore[arg-type]
     return [(record.source, dict(record.fields)) for record in found]
@@ -89,6 +87,16 @@ def test_jsonl_in_utf16_is_undecodable_as_a_whole(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n'.encode("utf-16"))
     with pytest.raises(NotRead, match="utf-16"):
         records(path)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_s30_the_first_line_is_bounded_with_a_mark_and_without(tmp_path, monkeypatch, mark):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 20)
+    report = ReportBuilder()
+    path = write(tmp_path / "a.jsonl", mark + b'{"text": "aaaaaaaaaaaaaaaaaaaa"}\n{"text": "b"}\n')
+    assert records(path, report) == [("a.jsonl:2", {"text": "b"})]
+    assert skips(report) == [("a.jsonl:1", "too_large")]
+    assert records(write(tmp_path / "b.jsonl", mark)) == []
 
 
 def test_s30_a_line_beyond_the_bound_is_skipped_in_bounded_memory(tmp_path):
@@ -185,9 +193,7 @@ def test_tables_give_a_record_per_row_of_the_wanted_columns(tmp_path, form, name
     assert report.records == 201
 
 
-@pytest.mark.parametrize(
-    ("form", "name"), [("parquet", "a.parquet"), ("file", "a.arrow"), ("stream", "a.arrow")]
-)
+@pytest.mark.parametrize(("form", "name"), [("parquet", "a.parquet"), ("file", "a.arrow"), ("stream", "a.arrow")])
 def test_a_table_without_text_names_its_columns_and_which_hold_strings(tmp_path, form, name):
     content = pa.table({"number": [1, 2], "body": ["a", "b"]})
     report = ReportBuilder()

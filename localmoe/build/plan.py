@@ -1,0 +1,211 @@
+"""The plan of a build: what a corpus holds, the experts it would get, and the disk and the time that they need."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from localmoe.build import clusters as clustering
+from localmoe.build import experts as training
+from localmoe.build.checks import AT_MOST, document_nll
+from localmoe.build.clustering import advised_clusters
+from localmoe.build.clusters import Clusters
+from localmoe.build.corpus import read_corpus
+from localmoe.build.corpus_report import ReportBuilder
+from localmoe.build.pipeline import adapter_bytes
+from localmoe.build.progress import Event, Watch, unwatched
+from localmoe.build.rows import Rows, read_rows
+from localmoe.build.training import fresh_adapter, train
+from localmoe.build.work import Work, collect
+from localmoe.config import BuildConfig
+from localmoe.encoders import Encoder, load_encoder
+from localmoe.packing import Passage
+
+EMBEDDED = 1_000
+"""Documents that are embedded to see the clusters, and how fast the encoder is."""
+STEPS = 10
+"""Training steps that are timed, at most, ..."""
+SECONDS = 15.0
+"""... and for about so long; two at least."""
+
+_BATCH = 64  # documents handed to the encoder between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that each stage of a build would take on this machine, as it is now."""
+
+    embed: float
+    trunk: float
+    experts: float
+    checks: float
+    tokens_per_second: float
+    """Training speed, in the experts' tokens."""
+
+    @property
+    def total(self) -> float:
+        """All stages."""
+        return self.embed + self.trunk + self.experts + self.checks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `build` would do; `sizes` are train tokens a cluster, estimated from `embedded` documents."""
+
+    notes: tuple[str, ...]
+    """What was read and what was not, as sentences."""
+    documents: dict[str, int]
+    """By split: train, tune, test, unused (not sampled)."""
+    tokens: dict[str, int]
+    """By split; "unused" counts those in no passage too."""
+    wanted: int
+    """K as configured, or advised for so many tokens."""
+    sizes: tuple[int, ...]
+    embedded: int
+    bank_bytes: int
+    """What the finished bank takes."""
+    work_bytes: int
+    """What the build needs beside it while it runs."""
+    times: Times | None
+    """None where the timing was skipped."""
+
+
+def plan(source: str | Path, config: BuildConfig = BuildConfig(), probe: bool = True, watch: Watch = unwatched) -> Plan:  # noqa: B008
+    """What `build` would make of a corpus; everything is written to a temporary folder, and removed.
+
+    The clusters are those of at most `EMBEDDED` train documents, each standing for its share of all tokens. Times
+    are measured (unless `probe` is false): the encoder on these documents, the base on a few real training steps.
+    Raises what `build` raises for the same corpus and configuration.
+    """
+    with tempfile.TemporaryDirectory(prefix="localmoe-plan-") as folder:
+        model, tokenizer = training.workplace(config.base, config.revision)
+        encoder = load_encoder(config.encoder)
+        report = ReportBuilder()
+        file, _, count = collect(Path(folder), read_corpus(source, config.corpus, report))
+        work = Work(Path(folder), "plan")
+        work.adopt("documents.parquet", file)
+        rows = read_rows(work, tokenizer, config, lambda done: watch(Event("tokenize", done, count)))
+        chosen = _sample(np.flatnonzero(rows.train), EMBEDDED, config.seed)
+        vectors, documents_per_second = _embed(work, encoder, chosen, watch)
+        found = _cluster(vectors, chosen, rows, config)
+        times = _times(model, work, rows, found, config, documents_per_second, watch) if probe else None
+        texts = (work.path / "documents.parquet").stat().st_size
+        passages = (work.path / "passages.parquet").stat().st_size
+    counts = rows.counts()
+    tokens = dict(counts["split_tokens"])
+    tokens["unused"] = tokens.get("unused", 0) + counts["unused_tokens"]
+    adapters = len(found.access) + (config.train.recipe != "paper")
+    return Plan(
+        notes=tuple(report.finish().lines()),
+        documents=counts["split_documents"],
+        tokens=tokens,
+        wanted=advised_clusters(tokens["train"], config.cluster),
+        sizes=_sizes(found, chosen, rows),
+        embedded=len(chosen),
+        bank_bytes=adapters * adapter_bytes(model, config.train.rank)
+        + count * 2 * encoder.dim
+        + (texts if config.keep_texts else 0),
+        work_bytes=texts + passages + 2 * count * 4 * encoder.dim,
+        times=times,
+    )
+
+
+def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most so many of the rows, ascending."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def _embed(work: Work, encoder: Encoder, chosen: np.ndarray, watch: Watch) -> tuple[np.ndarray, float]:
+    """φ of the chosen documents [m, d], and documents a second without the first batch, which warms up."""
+    wanted = set(chosen.tolist())
+    documents = (document for batch in work.documents() for document in batch)
+    queries = [document.query for row, document in enumerate(documents) if row in wanted]
+    parts, started = [encoder.encode(queries[:_BATCH])], time.perf_counter()
+    if len(queries) <= _BATCH:
+        parts = [encoder.encode(queries)]  # too few to leave any out: now it is warm
+        return parts[0], len(queries) / (time.perf_counter() - started)
+    for first in range(_BATCH, len(queries), _BATCH):
+        parts.append(encoder.encode(queries[first : first + _BATCH]))
+        watch(Event("embed", min(first + _BATCH, len(queries)), len(queries)))
+    return np.concatenate(parts), (len(queries) - _BATCH) / (time.perf_counter() - started)
+
+
+def _shares(chosen: np.ndarray, rows: Rows) -> np.ndarray:
+    """Tokens that each chosen document stands for: its own, times all train tokens over the chosen ones' [m]."""
+    own = rows.tokens[chosen]
+    shares: np.ndarray = np.rint(own * (rows.tokens[rows.train].sum() / own.sum())).astype(np.int64)
+    return shares
+
+
+def _cluster(vectors: np.ndarray, chosen: np.ndarray, rows: Rows, config: BuildConfig) -> Clusters:
+    access = [rows.access[row] for row in chosen]
+    everything = np.ones(len(chosen), dtype=bool)
+    return clustering.cluster(vectors, _shares(chosen, rows), everything, access, config.cluster, config.seed)
+
+
+def _sizes(found: Clusters, chosen: np.ndarray, rows: Rows) -> tuple[int, ...]:
+    shares = _shares(chosen, rows)
+    return tuple(int(shares[found.rows(k)].sum()) for k in range(len(found.access)))
+
+
+def _times(
+    model: Any, work: Work, rows: Rows, found: Clusters, config: BuildConfig, documents_per_second: float, watch: Watch
+) -> Times:
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads if config.train.threads is not None else before)
+    try:
+        speed, check_speed = _probe(model, work, rows, config, watch)
+    finally:
+        torch.set_num_threads(before)
+    train_tokens = config.train.epochs * int(rows.tokens[rows.train].sum())
+    public = config.train.epochs * int(rows.tokens[rows.where("train", ())].sum())
+    tune = rows.where("tune")
+    length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
+    checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
+    return Times(
+        embed=(len(rows.ids) + len(tune)) / documents_per_second,
+        trunk=0.0 if config.train.recipe == "paper" else public / speed,
+        experts=train_tokens / speed,
+        checks=2 * checked * length / check_speed,
+        tokens_per_second=speed,
+    )
+
+
+class _Enough(Exception):  # noqa: N818 - the way out of the training loop, not an error
+    pass
+
+
+def _probe(model: Any, work: Work, rows: Rows, config: BuildConfig, watch: Watch) -> tuple[float, float]:
+    """Tokens a second: of training on real passages after one step to warm up, and of checking."""
+    chosen = _sample(np.flatnonzero(rows.train), (STEPS + 1) * config.train.batch, config.seed)
+    passages = [passage for document in work.passages(chosen.tolist()) for passage in document]
+    while len(passages) < 3 * config.train.batch:
+        passages += passages
+    ends: list[tuple[float, int]] = []
+
+    def progress(tokens: int, loss: float) -> None:
+        ends.append((time.perf_counter(), tokens))
+        watch(Event("trunk", len(ends), STEPS + 1))
+        if len(ends) > STEPS or (len(ends) > 2 and ends[-1][0] - ends[0][0] > SECONDS):
+            raise _Enough
+
+    start = fresh_adapter(model, config.train, config.seed)
+    with suppress(_Enough):
+        train(model, passages, start, config.train, config.train.learning_rate, config.seed, progress=progress)
+    speed = sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
+    return speed, _check_speed(model, passages[: 2 * config.train.batch])
+
+
+def _check_speed(model: Any, passages: list[Passage]) -> float:
+    started = time.perf_counter()
+    nll = document_nll(model, dict(enumerate([passage] for passage in passages)), None)
+    return sum(one.tokens for one in nll.values()) / (time.perf_counter() - started)

@@ -1,0 +1,234 @@
+"""The command line: every verb reads its options, calls one function, and shows what comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from localmoe.terminal.options import (
+    PATH,
+    as_json,
+    build_config,
+    build_options,
+    draw_options,
+    encoder_option,
+    generate_config,
+    model_options,
+    prompt_options,
+    route_changes,
+    routing_options,
+)
+from localmoe.terminal.verbs import Verbs, keys_epilog, prompt_text
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "rich_help_config": {"text_markup": "rich", "max_width": 110, "text_paragraph_linebreaks": "\n\n"},
+}
+
+
+@click.group(cls=Verbs, context_settings=CONTEXT)
+@click.option("--debug", is_flag=True, envvar="LOCALMOE_DEBUG", help="Show tracebacks of errors.")
+@click.version_option(package_name="localmoe", message="localmoe %(version)s")
+def main(debug: bool) -> None:
+    """Many small experts from your corpus, merged anew for every prompt.
+
+    \b
+    Try it on a packaged corpus:   localmoe demo
+    Make a bank of your own:       localmoe build notes/ notes-bank
+    Ask it:                        localmoe generate notes-bank "The harbour at dawn"
+
+    [dim]Exit codes: 0 ok, 1 failure, 2 usage, 3 some experts failed, 4 bank invalid, 5 locked, 75 try again later,
+    130 interrupted.[/dim]
+    """
+
+
+@main.command(panel="Make a bank", epilog=keys_epilog())
+@click.argument("source")
+@build_options
+@click.option("--no-probe", is_flag=True, help="Skip the timing.")
+@as_json
+def plan(source: str, no_probe: bool, as_json: bool, **options: Any) -> None:
+    """Say what `build` would make of a corpus: documents, experts, disk and time; nothing is kept.
+
+    \b
+    [cyan]$[/cyan] localmoe plan notes/
+    [cyan]$[/cyan] localmoe plan code/ --include '*.py' --clusters 40
+    [cyan]$[/cyan] localmoe plan records.jsonl --text-field body --no-probe
+    """
+    from localmoe.build.plan import plan as make
+    from localmoe.terminal import plans, progress, screen
+
+    config = build_config(options)
+    with progress.watching() as watch:
+        made = make(source, config, probe=not no_probe, watch=watch)
+    if as_json:
+        screen.print_json(plans.plan_data(made))
+    else:
+        plans.show_plan(screen.results(), made)
+
+
+@main.command(panel="Make a bank", epilog=keys_epilog())
+@click.argument("source")
+@click.argument("bank", type=PATH)
+@build_options
+@click.option("--no-texts", is_flag=True, help="Do not keep the documents' texts in the bank.")
+@as_json
+def build(source: str, bank: Path, no_texts: bool, as_json: bool, **options: Any) -> None:
+    """Cluster a corpus (folder, file or dataset id), train one expert a cluster, and leave them in a bank.
+
+    The same command goes on where it was stopped, and does nothing if nothing changed.
+
+    \b
+    [cyan]$[/cyan] localmoe build notes/ notes-bank
+    [cyan]$[/cyan] localmoe build code/ code-bank --include '*.py' --clusters 40
+    [cyan]$[/cyan] localmoe build records.jsonl bank -c settings.yaml --set train.batch=8
+    """
+    from localmoe.build.pipeline import build as make
+    from localmoe.terminal import progress, screen, summary
+
+    config = build_config(options, ["keep_texts=false"] if no_texts else [])
+    with progress.watching(as_json) as watch:
+        made = make(source, bank, config, watch=watch)
+    data = summary.bank_data(made)
+    if as_json:
+        screen.print_json(data)
+    else:
+        summary.show_bank(screen.results(), data)
+    summary.raise_for_failed(data)
+
+
+@main.command(panel="Use a bank")
+@click.argument("bank", type=PATH)
+@prompt_options
+@routing_options
+@encoder_option()
+@as_json
+def route(
+    bank: Path, prompt: str | None, prompt_file: Path | None, encoder: str | None, as_json: bool, **changes: Any
+) -> None:
+    """Show which experts a prompt gets, and the documents nearest to it; needs no base model.
+
+    \b
+    [cyan]$[/cyan] localmoe route notes-bank "The harbour at dawn"
+    [cyan]$[/cyan] localmoe route notes-bank --file prompt.txt --active 1
+    [cyan]$[/cyan] git diff | localmoe route code-bank - --json
+    """
+    from localmoe.runtime.router import open_router
+    from localmoe.terminal import mixes, screen
+
+    text = prompt_text(prompt, prompt_file)
+    router = open_router(bank, encoder, route_changes(changes))
+    mix, near = router.route(text), router.nearest(text)
+    data = mixes.route_data(router.bank, mix, near, router.config)
+    if as_json:
+        screen.print_json(data)
+    else:
+        mixes.show_route(screen.results(), data, router.bank, mix)
+
+
+@main.command(panel="Use a bank")
+@click.argument("bank", type=PATH)
+@prompt_options
+@draw_options
+@routing_options
+@model_options
+@click.option("--show-mix", is_flag=True, help="Show the mix before and the times after, on stderr.")
+@as_json
+def generate(
+    bank: Path, prompt: str | None, prompt_file: Path | None, show_mix: bool, as_json: bool, **options: Any
+) -> None:
+    """Go on from a prompt with the model merged for it; the text streams to stdout.
+
+    \b
+    [cyan]$[/cyan] localmoe generate notes-bank "The harbour at dawn"
+    [cyan]$[/cyan] localmoe generate notes-bank --file prompt.txt --show-mix
+    [cyan]$[/cyan] echo "def parse(" | localmoe generate code-bank --temperature 0.7 --seed 1
+    """
+    from localmoe.terminal import answers
+
+    text, config = prompt_text(prompt, prompt_file), generate_config(options)
+    engine = _engine(bank, options)
+    answers.generate(engine, text, config, show_mix, as_json)
+
+
+@main.command(panel="Use a bank")
+@click.argument("bank", type=PATH)
+@draw_options
+@routing_options
+@model_options
+def chat(bank: Path, **options: Any) -> None:
+    """Talk with a bank whose base model is instruction-tuned; every message gets a mix of its own.
+
+    \b
+    [cyan]$[/cyan] localmoe chat notes-bank
+    [cyan]$[/cyan] localmoe chat notes-bank --temperature 0.7 --seed 1
+    [cyan]$[/cyan] printf 'Where is the harbour?\\n/mix\\n' | localmoe chat notes-bank
+    """
+    from localmoe.terminal.chat import chat as talk
+
+    config = generate_config(options)
+    talk(_engine(bank, options), config)
+
+
+@main.command(panel="Look at a bank")
+@click.argument("bank", type=PATH)
+@click.option("--verify", is_flag=True, help="Compare every file with its hash; exit code 4 if one is damaged.")
+@as_json
+def info(bank: Path, verify: bool, as_json: bool) -> None:
+    """Say what a bank holds: base, router, experts and whether they help, corpus, size.
+
+    \b
+    [cyan]$[/cyan] localmoe info notes-bank
+    [cyan]$[/cyan] localmoe info notes-bank --verify
+    [cyan]$[/cyan] localmoe info notes-bank --json | jq '.experts[].label'
+    """
+    from localmoe.terminal import screen, summary
+
+    opened = summary.open_for_info(bank, verify)
+    data = summary.bank_data(opened)
+    if as_json:
+        screen.print_json(data)
+    else:
+        summary.show_bank(screen.results(), data)
+
+
+@main.command("map", panel="Look at a bank")
+@click.argument("bank", type=PATH)
+@click.option(
+    "-o", "--output", type=PATH, metavar="FILE.html", help="Where to write it. [dim]\\[default: BANK-map.html][/dim]"
+)
+def draw_map(bank: Path, output: Path | None) -> None:
+    """Draw the corpus as a map, one colour an expert, in one HTML file that needs no network.
+
+    \b
+    [cyan]$[/cyan] localmoe map notes-bank
+    [cyan]$[/cyan] localmoe map notes-bank -o notes.html
+    """
+    from localmoe.bank.store import Bank
+    from localmoe.map import write_map
+    from localmoe.terminal import screen
+
+    target = output if output is not None else Path(f"{bank.resolve().name}-map.html")
+    write_map(Bank.open(bank), target)
+    screen.results().print(f"wrote {target}", markup=False, soft_wrap=True)
+
+
+def _engine(bank: Path, options: dict[str, Any]) -> Any:
+    from localmoe.bank.store import Bank
+    from localmoe.runtime.engine import open_engine
+    from localmoe.runtime.router import route_config
+    from localmoe.terminal import screen
+
+    if options["trust_remote_code"]:
+        screen.show_warning("--trust-remote-code runs Python code that comes with the base model, with all your rights")
+    return open_engine(
+        bank,
+        options["base"],
+        options["encoder"],
+        route_config(Bank.open(bank), route_changes(options)),
+        options["device_map"],
+        options["base_variant"],
+        options["trust_remote_code"],
+    )

@@ -1,0 +1,242 @@
+"""The engine: one bank, one base model; a prompt in, and out come its mix and the answer of the model merged for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localmoe.bank.store import Bank
+from localmoe.config import GenerateConfig, RouteConfig
+from localmoe.encoders import Encoder
+from localmoe.errors import BankError, PromptError
+from localmoe.lora import Adapter
+from localmoe.merging import merge_adapters
+from localmoe.models import (
+    Fingerprint,
+    context_length,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    packed,
+    recall,
+    remember,
+)
+from localmoe.packing import Passage, token_nll
+from localmoe.routing import Mix
+from localmoe.runtime.execution import DenseBuffer
+from localmoe.runtime.generation import prompt_tokens, stream
+from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_encoder, route_config
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time of an answer went."""
+
+    embed: float
+    select: float
+    load: float
+    merge: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, the mix that wrote it, and its cost."""
+
+    text: str
+    mix: Mix
+    prompt_tokens: int
+    new_tokens: int
+    seconds: Seconds
+
+
+class Engine:
+    """Answers prompts from a bank; calls from several threads take turns, since they share one merged model."""
+
+    def __init__(self, bank: Bank, model: Any, tokenizer: Any, encoder: Encoder, config: RouteConfig) -> None:
+        self.bank = bank
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.config = config
+        self.router = PromptRouter(bank, encoder, config)
+        self._buffer = DenseBuffer(model)
+        self._adapters: dict[str, Adapter] = {}
+        self._lock = threading.Lock()
+
+    def route(self, prompt: str | Conversation) -> Mix:
+        """The mix for a prompt: which experts, with which weights (Algorithm 2, without the generation).
+
+        A text is embedded from its start to the encoder's limit; of a conversation the last user message, then the
+        earlier ones. Raises PromptError for a prompt without text.
+        """
+        return self.router.route(prompt)
+
+    def nearest(self, prompt: str | Conversation, count: int = 5) -> list[Neighbour]:
+        """The train documents whose embeddings are nearest to the prompt's, the nearest first."""
+        return self.router.nearest(prompt, count)
+
+    def generate(self, prompt: str | Conversation, config: GenerateConfig = GenerateConfig()) -> Answer:  # noqa: B008
+        """The answer of the model merged for the prompt. Raises PromptError if it is empty or does not fit."""
+        pieces = self.start(prompt, config)
+        text = "".join(pieces)
+        return pieces.answer(text)
+
+    def stream(self, prompt: str | Conversation, config: GenerateConfig = GenerateConfig()) -> Iterator[str]:  # noqa: B008
+        """The same answer, piece by piece; closing the iterator stops the generation."""
+        yield from self.start(prompt, config)
+
+    def start(self, prompt: str | Conversation, config: GenerateConfig, mix: Mix | None = None) -> Stream:
+        """Route and check the prompt at once; the iterator that is returned merges and generates.
+
+        `mix`: use this one instead of routing (an empty one is the base model).
+        """
+        begun = time.perf_counter()
+        ids = prompt_tokens(self.tokenizer, self.model, prompt)
+        if mix is not None:
+            return Stream(self, ids, config, mix, begun, 0.0, 0.0)
+        started = time.perf_counter()
+        vector = self.router.embed(prompt)
+        embedded = time.perf_counter()
+        chosen = self.router.select(vector)
+        return Stream(self, ids, config, chosen, begun, embedded - started, time.perf_counter() - embedded)
+
+    def score(self, prefix: str, suffix: str, mix: Mix | None = None) -> float:
+        """Mean negative log-likelihood (nats a token) of `suffix` after `prefix`; the prefix alone chooses the mix."""
+        head = self.tokenizer(prefix)["input_ids"]
+        tail = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        if not tail or not head:
+            raise PromptError("there is nothing to score", "give a prefix and a suffix of at least one token each")
+        limit = context_length(self.model)
+        if len(head) + len(tail) > limit:
+            raise PromptError(
+                f"prefix and suffix have {len(head) + len(tail):,} tokens, and the model's context holds {limit:,}",
+                "shorten them, or score the text in parts",
+            )
+        labels = torch.tensor([False] * len(head) + [True] * len(tail))
+        passage = Passage(torch.tensor(head + tail), labels)
+        nll = self.token_nll(passage, self.route(prefix) if mix is None else mix)
+        return float(nll.double().mean())
+
+    def token_nll(self, passage: Passage, mix: Mix) -> torch.Tensor:
+        """Negative log-likelihood (nats) of every labelled token [m] under the model merged by `mix`."""
+        with self.merged(mix), packed(self.model):
+            return token_nll(self.model, [passage])[0]
+
+    @contextmanager
+    def merged(self, mix: Mix) -> Iterator[tuple[float, float]]:
+        """The model merged by `mix`, for as long as the context lasts; gives the seconds of load and merge.
+
+        One thread at a time; the base weights are never written. Raises BankError for a mix of another bank.
+        """
+        if mix.experts and mix.bank != self.bank.manifest.digest:
+            raise BankError("the mix was routed in another bank", "route the prompt again in this one")
+        with self._lock:
+            started = time.perf_counter()
+            adapters = [self._adapter(expert) for expert in mix.experts]
+            loaded = time.perf_counter()
+            updates = merge_adapters(adapters, mix.weights, mix.method) if adapters else {}
+            with self._buffer.merged(updates):
+                yield loaded - started, time.perf_counter() - loaded
+
+    def _adapter(self, expert: str) -> Adapter:
+        """Memory-mapped factors; the page cache keeps what is used."""
+        if expert not in self._adapters:
+            self._adapters[expert] = self.bank.adapter(expert)
+        return self._adapters[expert]
+
+
+class Stream:
+    """One generation under way: iterate for the pieces of text, once; then `answer` knows mix, tokens and times."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ids: torch.Tensor,
+        config: GenerateConfig,
+        mix: Mix,
+        begun: float,
+        embed: float,
+        select: float,
+    ) -> None:
+        self.mix = mix
+        self._engine, self._ids, self._config, self._begun = engine, ids, config, begun
+        self._seconds = Seconds(embed, select, 0.0, 0.0, 0.0, 0.0)
+        self._tokens = 0
+
+    def __iter__(self) -> Iterator[str]:
+        with self._engine.merged(self.mix) as (load, merge):
+            self._seconds = replace(self._seconds, load=load, merge=merge)
+            yield from stream(self._engine.model, self._engine.tokenizer, self._ids, self._config, self._arrived)
+        self._seconds = replace(self._seconds, total=time.perf_counter() - self._begun)
+
+    def answer(self, text: str) -> Answer:
+        """The finished answer; `text` is the pieces together."""
+        return Answer(text, self.mix, self._ids.shape[1], self._tokens, self._seconds)
+
+    def _arrived(self) -> None:
+        self._tokens += 1
+        if self._tokens == 1:
+            self._seconds = replace(self._seconds, first_token=time.perf_counter() - self._begun)
+
+
+def open_engine(
+    bank: str | Path,
+    base: str | None = None,
+    encoder: str | None = None,
+    config: RouteConfig | None = None,
+    device_map: str | None = None,
+    base_variant: bool = False,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """Open a bank with its base model and encoder, ready to answer.
+
+    base, encoder: where they are, if not where the bank (or this machine's memory of it) says. config: how to route,
+    if not as the bank says; its β defaults to the bank's. base_variant: allow weights other than the bank's (a
+    quantised base, say). Raises BankError for a base of another architecture, other weights, or another encoder.
+    """
+    opened = Bank.open(Path(bank))
+    manifest = opened.manifest
+    mark = Fingerprint(manifest.base.architecture, manifest.base.weights)
+    where = base if base is not None else recall(mark)
+    where = where if where is not None else manifest.base.id
+    model = load_model(where, manifest.base.revision, device_map, trust_remote_code)
+    found = fingerprint(model)
+    _check_base(mark, found, manifest.base.id, where, base_variant)
+    if found == mark:
+        remember(where, mark)
+    sentence = open_encoder(opened, encoder)
+    return Engine(opened, model, load_tokenizer(where, manifest.base.revision), sentence, _routing(opened, config))
+
+
+def _check_base(wanted: Fingerprint, found: Fingerprint, name: str, where: str, variant: bool) -> None:
+    if found.architecture != wanted.architecture:
+        raise BankError(
+            f"the bank was built for {name!r}, and {where!r} has another architecture",
+            "give the base it was built for: --base NAME_OR_FOLDER",
+        )
+    if found.weights != wanted.weights and not variant:
+        raise BankError(
+            f"{where!r} has the architecture of {name!r}, but other weights than the bank was built for",
+            "give the base it was built for with --base; for a quantised or changed one on purpose: --base-variant",
+        )
+
+
+def _routing(bank: Bank, config: RouteConfig | None) -> RouteConfig:
+    as_built = route_config(bank, {})
+    if config is None:
+        return as_built
+    return config if config.beta is not None else replace(config, beta=as_built.beta)
+
+
+def base_mix(bank: Bank) -> Mix:
+    """The mix of no experts: the base model."""
+    return Mix((), (), "linear", bank.manifest.digest, None)

@@ -1,0 +1,147 @@
+"""Prompt routing in one bank: the encoder alone, no base model; a prompt in, its mix and nearest documents out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from localmoe.bank.store import Bank
+from localmoe.config import RouteConfig
+from localmoe.encoders import Encoder, encoder_mark, load_encoder
+from localmoe.errors import BankError, ConfigError, PromptError
+from localmoe.models import recall, remember
+from localmoe.routing import Centroids, Mix, find_beta, route, similarities
+
+Conversation = Sequence[dict[str, str]]
+"""Turns of a chat: {"role": "user", "content": "..."}."""
+
+ENOUGH = 3
+"""With fewer tune documents β is not looked for."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A train document near to a prompt; `similarity` is the cosine of the embeddings."""
+
+    id: str
+    source: str
+    expert: str
+    similarity: float
+
+
+class PromptRouter:
+    """Routes prompts among the experts of one bank that may be routed to."""
+
+    def __init__(self, bank: Bank, encoder: Encoder, config: RouteConfig) -> None:
+        self.bank = bank
+        self.encoder = encoder
+        self.config = config
+        self._centroids = routable_centroids(bank)
+
+    def embed(self, prompt: str | Conversation) -> np.ndarray:
+        """φ of a prompt: [1, d] fp32. Raises PromptError for a prompt without text."""
+        text = prompt if isinstance(prompt, str) else query_of(prompt)
+        if not text.strip():
+            raise PromptError("the prompt is empty", "write something for the model to go on from")
+        return self.encoder.encode([text])
+
+    def select(self, vector: np.ndarray) -> Mix:
+        """The mix for an embedded prompt [1, d]."""
+        return route(torch.from_numpy(vector), self._centroids, self.config)[0]
+
+    def route(self, prompt: str | Conversation) -> Mix:
+        """The mix for a prompt; raises PromptError for a prompt without text."""
+        return self.select(self.embed(prompt))
+
+    def nearest(self, prompt: str | Conversation, count: int = 5) -> list[Neighbour]:
+        """The train documents whose embeddings are nearest to the prompt's, the nearest first."""
+        table = self.bank.documents()
+        rows = np.flatnonzero(np.array(table["split"].to_pylist()) == "train")
+        similarity = self.bank.embeddings()[rows].astype(np.float32) @ self.embed(prompt)[0]
+        order = np.argsort(-similarity, kind="stable")[:count]
+        picked = table.take(rows[order]).to_pylist()
+        return [
+            Neighbour(row["id"], row["source"], row["expert"], float(similarity[place]))
+            for row, place in zip(picked, order, strict=True)
+        ]
+
+
+def open_router(bank: str | Path, encoder: str | None = None, changes: Mapping[str, Any] | None = None) -> PromptRouter:
+    """Open a bank to route in it; the base model is not needed.
+
+    encoder: where it is, if not where the bank (or this machine's memory of it) says. changes: fields of RouteConfig
+    that differ from the bank's (see `route_config`). Raises BankError for a damaged bank or another encoder.
+    """
+    opened = Bank.open(Path(bank))
+    config = route_config(opened, {} if changes is None else changes)
+    return PromptRouter(opened, open_encoder(opened, encoder), config)
+
+
+def open_encoder(bank: Bank, encoder: str | None = None) -> Encoder:
+    """The encoder that a bank was built with; raises BankError for another one."""
+    record = bank.manifest.encoder
+    where = encoder if encoder is not None else recall(encoder_mark(record.fingerprint))
+    found = load_encoder(where if where is not None else record.id, prompt=record.prompt)
+    if found.fingerprint != record.fingerprint:
+        raise BankError(
+            f"the bank was built with the encoder {record.id!r}, and {found.name!r} is another: "
+            "its vectors mean nothing here",
+            "give the one it was built with: --encoder NAME_OR_FOLDER",
+        )
+    remember(found.name, encoder_mark(found.fingerprint))
+    return found
+
+
+def route_config(bank: Bank, changes: Mapping[str, Any]) -> RouteConfig:
+    """How to route in a bank: as its manifest says, but for `changes` (fields of RouteConfig).
+
+    With another `active` and no `beta`, β is found anew, on the embeddings of the bank's public tune documents.
+    Raises ConfigError for a field or value that RouteConfig refuses, or if β cannot be found.
+    """
+    record = bank.manifest.router
+    wanted = max(1.0, record.wanted)  # a bank that was not built may not have wanted any number
+    fields = {"router": record.name, "beta": record.beta, "tau": record.tau, "active": wanted}
+    try:
+        values = fields | {"max_experts": record.max_experts} | dict(changes)
+        config = TypeAdapter(RouteConfig).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        what = f"route.{name} = {problem['input']!r}: {problem['msg'].lower()}"
+        raise ConfigError(what, "the options and their defaults: localmoe route --help") from error
+    if "active" in changes and "beta" not in changes:
+        return replace(config, beta=_beta(bank, config))
+    return config
+
+
+def routable_centroids(bank: Bank) -> Centroids:
+    """The centroids of the experts that routing may use, in the order of their rows."""
+    records = bank.routable()
+    vectors = bank.centroids()[[record.row for record in records]].contiguous()
+    return Centroids(tuple(record.id for record in records), vectors, bank.manifest.digest)
+
+
+def query_of(conversation: Conversation) -> str:
+    """What is embedded of a conversation: the last user message, then the earlier ones, the latest first."""
+    turns = [turn["content"] for turn in conversation if turn["role"] == "user"]
+    return "\n\n".join(turn for turn in reversed(turns) if turn.strip())
+
+
+def _beta(bank: Bank, config: RouteConfig) -> float:
+    table = bank.documents()
+    splits, access = table["split"].to_pylist(), table["access"].to_pylist()
+    rows = [row for row, split in enumerate(splits) if split == "tune" and not access[row]]
+    if len(rows) < ENOUGH:
+        raise ConfigError(
+            f"{config.active:g} active experts: β is found on tune documents, and the bank has {len(rows)} public ones",
+            "give β itself: --beta 0.05",
+        )
+    queries = torch.nn.functional.normalize(torch.from_numpy(bank.embeddings()[rows].astype(np.float32)), dim=1)
+    scores = similarities(queries, routable_centroids(bank))
+    return find_beta(scores, config.active, config.tau, config.max_experts).beta

@@ -1,0 +1,32 @@
+"""Answers: one generation, streamed to stdout, with its mix and its cost beside it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from localmoe.config import GenerateConfig
+from localmoe.terminal.mixes import answer_data, show_cost, show_mix
+from localmoe.terminal.screen import print_json, remarks
+
+if TYPE_CHECKING:
+    from localmoe.runtime.engine import Engine
+
+
+def generate(engine: Engine, prompt: str, config: GenerateConfig, with_mix: bool, as_json: bool) -> None:
+    """Stream the answer to stdout, or print it as one JSON object; the mix and the times go to stderr."""
+    if as_json:
+        print_json(answer_data(engine.bank, engine.generate(prompt, config)))
+        return
+    stream = engine.start(prompt, config)
+    if with_mix:
+        show_mix(remarks(), engine.bank, stream.mix)
+    said = []
+    for piece in stream:
+        said.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if with_mix:
+        show_cost(remarks(), stream.answer("".join(said)))

@@ -1,0 +1,96 @@
+"""Chat in a terminal: one conversation with the model that is merged anew for every message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from localmoe.config import GenerateConfig
+from localmoe.errors import PromptError
+from localmoe.terminal.mixes import show_mix
+from localmoe.terminal.screen import remarks, show_error
+
+if TYPE_CHECKING:
+    from localmoe.routing import Mix
+    from localmoe.runtime.engine import Engine
+
+COMMANDS = "/reset forgets the conversation, /mix shows the last mix, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+@dataclass
+class _Conversation:
+    turns: list[dict[str, str]] = field(default_factory=list)
+    mix: Mix | None = None
+
+
+def chat(engine: Engine, config: GenerateConfig) -> None:
+    """Read messages from stdin until it ends or `/quit`; answers go to stdout, everything else to stderr.
+
+    A message that does not fit is taken back and said, and the chat goes on. Raises PromptError at once if the base
+    model has no chat template.
+    """
+    if engine.tokenizer.chat_template is None:
+        raise PromptError("the base model has no chat template", "use it without: localmoe generate BANK PROMPT")
+    if sys.stdin.isatty():
+        remarks().print(COMMANDS, style="dim")
+    conversation = _Conversation()
+    for line in _messages():
+        if line in ("/quit", "/exit"):
+            return
+        if line.startswith("/"):
+            _command(engine, conversation, line)
+        elif line:
+            _reply(engine, conversation, line, config)
+
+
+def _messages() -> Iterator[str]:
+    """Lines from the keyboard or from a pipe."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    import readline  # noqa: F401 - makes input() editable
+
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            remarks().print()
+            return
+        except KeyboardInterrupt:
+            remarks().print("\n(/quit or Ctrl-D leaves)", style="dim")
+
+
+def _command(engine: Engine, conversation: _Conversation, line: str) -> None:
+    if line == "/reset":
+        conversation.turns.clear()
+        remarks().print("a new conversation", style="dim")
+    elif line == "/mix" and conversation.mix is None:
+        remarks().print("no answer yet", style="dim")
+    elif line == "/mix" and conversation.mix is not None:
+        show_mix(remarks(), engine.bank, conversation.mix)
+    else:
+        remarks().print(f"no command {line!r}: {COMMANDS}", style="dim", markup=False)
+
+
+def _reply(engine: Engine, conversation: _Conversation, message: str, config: GenerateConfig) -> None:
+    conversation.turns.append({"role": "user", "content": message})
+    try:
+        stream = engine.start(conversation.turns, config)
+    except PromptError as error:
+        conversation.turns.pop()
+        show_error(PromptError(error.what, "/reset starts anew, or write a shorter message"))
+        return
+    conversation.mix = stream.mix
+    said: list[str] = []
+    try:
+        for piece in stream:
+            said.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        remarks().print(" (stopped)", style="dim")
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    conversation.turns.append({"role": "assistant", "content": "".join(said)})

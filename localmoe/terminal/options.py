@@ -1,0 +1,210 @@
+"""Options of the verbs: each shows the default of the field it sets, and the fields are read back from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rich_click as click
+
+from localmoe.config import BuildConfig, GenerateConfig, RouteConfig, default_of, load_config
+from localmoe.terminal.verbs import checked
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+def knob(flag: str, key: str, text: str, none: str = "", **how: Any) -> Callable[[F], F]:
+    """An option that overrides one dotted key of BuildConfig, and shows its default; `none`: what no value means."""
+    config, names = BuildConfig, key.split(".")
+    for name in names[:-1]:
+        config = type(default_of(config, name))
+    return _shown(flag, key.replace(".", "__"), default_of(config, names[-1]), text, none, **how)
+
+
+def generation_option(flag: str, name: str, text: str, **how: Any) -> Callable[[F], F]:
+    """An option for one field of GenerateConfig."""
+    return _shown(flag, name, default_of(GenerateConfig, name), text, "", panel="How to draw tokens", **how)
+
+
+def _shown(flag: str, name: str, default: Any, text: str, none: str, **how: Any) -> Callable[[F], F]:
+    shown = none if default is None or default == () else str(default)
+    return click.option(flag, name, help=f"{text} [dim]\\[default: {shown}][/dim]", **how)
+
+
+def build_options(function: F) -> F:
+    """What `plan` and `build` share: a file, any key, and everyday keys as options of their own."""
+    models, corpus, experts, every = "Models", "Which documents", "Experts", "Every setting"
+    options = [
+        click.option(
+            "-c", "--config", "file", type=PATH, metavar="FILE.yaml", panel=every, help="Read settings from a file."
+        ),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            panel=every,
+            help="Set any key, e.g. train.batch=8; may be repeated, and wins over the file and the other options.",
+        ),
+        knob("--base", "base", "Base model: a hub id, a folder, or a packaged model.", panel=models),
+        knob("--encoder", "encoder", "Sentence encoder: a hub id, a folder, or a packaged model.", panel=models),
+        knob(
+            "--include",
+            "corpus.include",
+            "Files to read from a folder, e.g. '*.py'; may be repeated.",
+            "every text file",
+            multiple=True,
+            metavar="PATTERN",
+            panel=corpus,
+        ),
+        knob(
+            "--exclude",
+            "corpus.exclude",
+            "Files to leave out, e.g. 'tests/*'; may be repeated.",
+            "none",
+            multiple=True,
+            metavar="PATTERN",
+            panel=corpus,
+        ),
+        knob("--text-field", "corpus.text_field", "Field of a record that holds the text.", panel=corpus),
+        knob(
+            "--sample-tokens",
+            "corpus.sample_tokens",
+            "Train on a sample of at most this many tokens.",
+            "all",
+            type=int,
+            panel=corpus,
+        ),
+        knob(
+            "--max-passage",
+            "corpus.passage_tokens",
+            "Tokens of a passage at most; longer documents become several.",
+            type=int,
+            panel=corpus,
+        ),
+        knob(
+            "--recipe",
+            "train.recipe",
+            "How experts start: from one shared trunk, sharing its A too, or from the base.",
+            type=click.Choice(["trunk", "trunk-shared", "paper"]),
+            panel=experts,
+        ),
+        knob("--clusters", "cluster.clusters", "Number of experts K.", "by tokens", type=int, panel=experts),
+        knob("--min-tokens", "cluster.min_tokens", "Train tokens of an expert at least.", type=int, panel=experts),
+        knob("--rank", "train.rank", "Rank of every update.", type=int, panel=experts),
+        knob("--epochs", "train.epochs", "Passes over the documents.", type=int, panel=experts),
+        knob("--learning-rate", "train.learning_rate", "Peak rate of the trunk.", type=float, panel=experts),
+        knob("--active", "route.active", "Wanted mean number of active experts.", type=float, panel=experts),
+        knob("--seed", "seed", "Seed of split, clustering and training.", type=int, panel=experts),
+    ]
+    return _apply(function, options)
+
+
+def routing_options(function: F) -> F:
+    """Options that differ from what the bank says; none is a default of ours."""
+    names = {
+        "router": ("--router", str, "Router, by name, e.g. nearest."),
+        "beta": ("--beta", float, "Temperature β; 0 = the nearest expert alone."),
+        "tau": ("--tau", float, "Leave out experts whose softmax weight is not above τ."),
+        "active": ("--active", float, "Find β anew for this mean number of active experts."),
+        "max_experts": ("--max-experts", int, "Never more experts than this."),
+    }
+    return _apply(
+        function,
+        [
+            click.option(
+                flag,
+                f"route_{name}",
+                type=kind,
+                panel="How to route",
+                help=f"{text} [dim]\\[default: the bank's][/dim]",
+            )
+            for name, (flag, kind, text) in names.items()
+        ],
+    )
+
+
+def model_options(function: F) -> F:
+    """Where base and encoder are, and how they are loaded."""
+    panel = "Models"
+    return _apply(
+        function,
+        [
+            click.option("--base", metavar="NAME|FOLDER", panel=panel, help="Where the base is, if it moved."),
+            encoder_option(),
+            click.option(
+                "--base-variant", is_flag=True, panel=panel, help="Allow other weights, e.g. a quantised base."
+            ),
+            click.option("--device-map", metavar="MAP", panel=panel, help="Spread the base over devices, e.g. auto."),
+            click.option(
+                "--trust-remote-code", is_flag=True, panel=panel, help="Run code that comes with the base model."
+            ),
+        ],
+    )
+
+
+def encoder_option() -> Callable[[F], F]:
+    """Where the encoder is."""
+    return click.option("--encoder", metavar="NAME|FOLDER", panel="Models", help="Where the encoder is, if it moved.")
+
+
+def draw_options(function: F) -> F:
+    """The fields of GenerateConfig."""
+    return _apply(
+        function,
+        [
+            generation_option("--max-new-tokens", "max_new_tokens", "Stop after this many tokens.", type=int),
+            generation_option("--temperature", "temperature", "0 = the likeliest token every time.", type=float),
+            generation_option("--top-p", "top_p", "Draw from the likeliest tokens of this probability.", type=float),
+            generation_option("--seed", "seed", "The same seed draws the same tokens.", type=int),
+        ],
+    )
+
+
+def prompt_options(function: F) -> F:
+    """A prompt: an argument, a file, or stdin."""
+    return _apply(
+        function,
+        [
+            click.argument("prompt", required=False),
+            click.option(
+                "--file",
+                "prompt_file",
+                type=PATH,
+                metavar="FILE",
+                help="Read the prompt from a file (or PROMPT = -: stdin).",
+            ),
+        ],
+    )
+
+
+def _apply(function: F, options: Sequence[Callable[[F], F]]) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def build_config(options: dict[str, Any], more: Sequence[str] = ()) -> BuildConfig:
+    """File < everyday options < --set."""
+    file, settings = options.pop("file"), options.pop("settings")
+    given = {name.replace("__", "."): value for name, value in options.items() if value is not None and value != ()}
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    return load_config(file, [*overrides, *more, *settings])
+
+
+def route_changes(options: dict[str, Any]) -> dict[str, Any]:
+    found = {name: options[f"route_{name}"] for name in (field.name for field in dataclasses.fields(RouteConfig))}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def generate_config(options: dict[str, Any]) -> GenerateConfig:
+    names = [field.name for field in dataclasses.fields(GenerateConfig)]
+    return checked(GenerateConfig, {name: options[name] for name in names if options[name] is not None})

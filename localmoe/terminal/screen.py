@@ -1,0 +1,127 @@
+"""The screen: consoles for results (stdout) and all else (stderr), errors, warnings, and numbers for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from localmoe.errors import LocalMoEError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+_PIPED_WIDTH = 120  # columns where no terminal says how many it has
+
+
+def results() -> Console:
+    """The console on stdout: results, and nothing else."""
+    return _console(stderr=False)
+
+
+def remarks() -> Console:
+    """The console on stderr: progress, warnings, errors."""
+    return _console(stderr=True)
+
+
+def show_error(error: LocalMoEError, debug: bool = False) -> None:
+    """What went wrong and what to do next, on stderr; with `debug` the traceback first."""
+    if debug:
+        traceback.print_exception(error)
+    _say("error", "bold red", error.what)
+    for line in error.remedy.splitlines():
+        remarks().print(f"  → {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_warning(text: str) -> None:
+    """One sentence that the user should know, on stderr."""
+    _say("warning", "bold yellow", text)
+
+
+@contextmanager
+def readable_warnings() -> Iterator[None]:
+    """Python's warnings as one sentence each, without file and line."""
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *place: show_warning(str(message))
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def table(*columns: str, right: tuple[str, ...] = (), title: str = "") -> Table:
+    """An empty table without rules; `right` names the columns of numbers."""
+    from rich.table import Table
+
+    new = Table(box=None, pad_edge=False, header_style="dim", title=title or None, title_justify="left")
+    for column in columns:
+        new.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+    return new
+
+
+def facts(pairs: list[tuple[str, str]]) -> Table:
+    """Names and values, one pair a line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    new = Table.grid(padding=(0, 2))
+    for name, value in pairs:
+        new.add_row(Text(name, style="dim"), plain(value))
+    return new
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text in which brackets mean nothing and control characters of corpus and prompt are escaped."""
+    from rich.text import Text
+
+    return Text(text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text), style)
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A bar of at most `width` cells for a share in [0, 1]; anything above nothing shows."""
+    cells = round(share * width)
+    return "█" * cells if cells > 0 or share <= 0 else "▏"
+
+
+def bytes_text(count: float) -> str:
+    """`"3.1 MB"`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """`"45 s"`, `"12 min"`, `"3.4 h"`, `"2.1 days"`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _say(word: str, style: str, text: str) -> None:
+    from rich.text import Text
+
+    remarks().print(Text.assemble((f"{word}: ", style), text), soft_wrap=True)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False)

@@ -1,0 +1,145 @@
+"""Base models: what is loaded, which linears are targets, and what tells two bases apart."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from localmoe.errors import TemporaryError, UnknownNameError, UsageError
+from localmoe.models import (
+    ATTENTION,
+    compute_dtype,
+    context_length,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    locate,
+    needs_transpose,
+    packed,
+    recall,
+    remember,
+    target_linears,
+)
+
+_LINEARS = {"llama": 7, "llama-tied": 7, "qwen2": 7, "qwen3": 7, "gemma3": 7, "mistral": 7, "gpt2": 4, "gpt-neox": 4, "phi": 6}
+
+
+def test_a_loaded_base_is_frozen_and_in_eval_mode(tiny_base: Path) -> None:
+    model = load_model(str(tiny_base))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.dtype == torch.float32
+    assert context_length(model) == tiny.CONTEXT
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_targets_are_all_linears_of_all_layers_but_the_head(name: str) -> None:
+    model = tiny.base(name)
+    targets = target_linears(model)
+    assert len(targets) == 2 * _LINEARS[name]
+    assert model.get_output_embeddings() not in targets.values()
+    assert needs_transpose(model) is (name == "gpt2")
+
+
+def test_a_model_without_linears_is_refused() -> None:
+    class Bare(torch.nn.Module):
+        def get_output_embeddings(self) -> None:
+            return None
+
+    with pytest.raises(UsageError, match="Bare has no linear layers") as caught:
+        target_linears(Bare())
+    assert "Llama" in caught.value.remedy
+
+
+def test_the_fingerprint_knows_weights_from_architecture(tiny_base: Path) -> None:
+    model = load_model(str(tiny_base))
+    mark = fingerprint(model)
+    assert fingerprint(load_model(str(tiny_base))) == mark
+    other_weights = fingerprint(tiny.causal_model("llama", seed=1, **tiny.LLAMA))
+    assert other_weights.architecture == mark.architecture
+    assert other_weights.weights != mark.weights
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    assert fingerprint(tiny.causal_model("llama", **tiny.LLAMA, **theta)).architecture != mark.architecture
+    wider = fingerprint(tiny.causal_model("llama", **tiny.LLAMA | {"intermediate_size": 64}))
+    assert wider.architecture != mark.architecture
+
+
+def test_the_fingerprint_is_the_same_in_every_dtype_and_attention() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    tiny.register_attention()
+    mark = fingerprint(model)
+    with packed(model):
+        assert fingerprint(model) == mark
+    assert fingerprint(model.bfloat16()) == mark
+
+
+def test_the_attention_is_put_back_even_after_an_exception() -> None:
+    model = tiny.base("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), packed(model):
+        assert model.config._attn_implementation == ATTENTION
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == before != ATTENTION
+
+
+def test_a_mistyped_folder_is_an_error_that_names_its_neighbours(tiny_base: Path) -> None:
+    with pytest.raises(UnknownNameError, match="tiny-base"):
+        load_model(str(tiny_base.parent / "tiny-bsae"))
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be loaded|no usable base model"):
+        load_model(str(tmp_path))
+
+
+def test_a_truncated_model_file_is_an_error_that_names_the_folder(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_base, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="cut"):
+        load_model(str(folder))
+
+
+def test_without_a_network_a_hub_id_is_a_temporary_error() -> None:
+    with pytest.raises(TemporaryError, match="hub cannot be reached"):
+        load_model("nobody/nothing-of-this-name")
+
+
+def test_a_hub_id_is_left_as_it_is_and_a_folder_too(tiny_base: Path) -> None:
+    assert locate("owner/name") == "owner/name"
+    assert locate(str(tiny_base)) == str(tiny_base)
+
+
+def test_a_base_is_found_again_where_it_was_last_seen(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_base, folder)
+    mark = fingerprint(tiny.causal_model("llama", seed=5, **tiny.LLAMA))
+    assert recall(mark) is None
+    remember(str(folder), mark)
+    assert recall(mark) == str(folder)
+    shutil.rmtree(folder)
+    assert recall(mark) is None
+
+
+def test_the_tokenizer_of_the_tiny_base_reads_back_what_it_wrote(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    text = "boat sail Ω 10°\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == tiny.VOCABULARY
+
+
+def test_tied_embeddings_stay_tied_through_merging_and_training() -> None:
+    from localmoe.runtime.execution import DenseBuffer
+
+    model = tiny.base("llama-tied")
+    with DenseBuffer(model).merged(tiny.random_adapter(model)), packed(model):
+        pass
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_compute_dtype_is_one_that_the_processor_multiplies() -> None:
+    assert compute_dtype() in (torch.float32, torch.bfloat16)
+    assert compute_dtype("cuda") is torch.bfloat16
