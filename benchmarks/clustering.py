@@ -24,7 +24,7 @@ import torch
 from sklearn.cluster import BisectingKMeans
 from threadpoolctl import threadpool_limits
 
-from localmoe.build.clustering import Clustering, bisect
+from localmoe.train.clustering import Clustering, bisect
 from localmoe.config import ClusterConfig
 
 

@@ -43,7 +43,7 @@ def ours(model_path: str, documents: list[str], profile: bool) -> dict[str, Any]
     from localmoe.config import TrainConfig
     from localmoe.models import load_model, load_tokenizer
     from localmoe.packing import Passage
-    from localmoe.build.training import fresh_adapter, train
+    from localmoe.train.training import fresh_adapter, train
 
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     passages = []

@@ -18,7 +18,7 @@ _HOMES = {
     "LowRank": "localmoe.lora",
     "Mix": "localmoe.routing",
     "RouteConfig": "localmoe.config",
-    "build": "localmoe.build.pipeline",
+    "build": "localmoe.train.pipeline",
     "load_config": "localmoe.config",
     "open": "localmoe.runtime.engine",
 }

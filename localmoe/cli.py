@@ -34,10 +34,9 @@ CONTEXT = {
 def main(debug: bool) -> None:
     """Many small experts from your corpus, merged anew for every prompt.
 
-    \b
-    Try it on a packaged corpus:   localmoe demo
-    Make a bank of your own:       localmoe build notes/ notes-bank
-    Ask it:                        localmoe generate notes-bank "The harbour at dawn"
+        Try it on a packaged corpus:   localmoe demo
+        Make a bank of your own:       localmoe build notes/ notes-bank
+        Ask it:                        localmoe generate notes-bank "The harbour at dawn"
 
     [dim]Exit codes: 0 ok, 1 failure, 2 usage, 3 some experts failed, 4 bank invalid, 5 locked, 75 try again later,
     130 interrupted.[/dim]
@@ -52,12 +51,11 @@ def main(debug: bool) -> None:
 def plan(source: str, no_probe: bool, as_json: bool, **options: Any) -> None:
     """Say what `build` would make of a corpus: documents, experts, disk and time; nothing is kept.
 
-    \b
-    [cyan]$[/cyan] localmoe plan notes/
-    [cyan]$[/cyan] localmoe plan code/ --include '*.py' --clusters 40
-    [cyan]$[/cyan] localmoe plan records.jsonl --text-field body --no-probe
+        [cyan]$[/cyan] localmoe plan notes/
+        [cyan]$[/cyan] localmoe plan code/ --include '*.py' --clusters 40
+        [cyan]$[/cyan] localmoe plan records.jsonl --text-field body --no-probe
     """
-    from localmoe.build.plan import plan as make
+    from localmoe.train.plan import plan as make
     from localmoe.terminal import plans, progress, screen
 
     config = build_config(options)
@@ -80,12 +78,11 @@ def build(source: str, bank: Path, no_texts: bool, as_json: bool, **options: Any
 
     The same command goes on where it was stopped, and does nothing if nothing changed.
 
-    \b
-    [cyan]$[/cyan] localmoe build notes/ notes-bank
-    [cyan]$[/cyan] localmoe build code/ code-bank --include '*.py' --clusters 40
-    [cyan]$[/cyan] localmoe build records.jsonl bank -c settings.yaml --set train.batch=8
+        [cyan]$[/cyan] localmoe build notes/ notes-bank
+        [cyan]$[/cyan] localmoe build code/ code-bank --include '*.py' --clusters 40
+        [cyan]$[/cyan] localmoe build records.jsonl bank -c settings.yaml --set train.batch=8
     """
-    from localmoe.build.pipeline import build as make
+    from localmoe.train.pipeline import build as make
     from localmoe.terminal import progress, screen, summary
 
     config = build_config(options, ["keep_texts=false"] if no_texts else [])
@@ -110,10 +107,9 @@ def route(
 ) -> None:
     """Show which experts a prompt gets, and the documents nearest to it; needs no base model.
 
-    \b
-    [cyan]$[/cyan] localmoe route notes-bank "The harbour at dawn"
-    [cyan]$[/cyan] localmoe route notes-bank --file prompt.txt --active 1
-    [cyan]$[/cyan] git diff | localmoe route code-bank - --json
+        [cyan]$[/cyan] localmoe route notes-bank "The harbour at dawn"
+        [cyan]$[/cyan] localmoe route notes-bank --file prompt.txt --active 1
+        [cyan]$[/cyan] git diff | localmoe route code-bank - --json
     """
     from localmoe.runtime.router import open_router
     from localmoe.terminal import mixes, screen
@@ -141,10 +137,9 @@ def generate(
 ) -> None:
     """Go on from a prompt with the model merged for it; the text streams to stdout.
 
-    \b
-    [cyan]$[/cyan] localmoe generate notes-bank "The harbour at dawn"
-    [cyan]$[/cyan] localmoe generate notes-bank --file prompt.txt --show-mix
-    [cyan]$[/cyan] echo "def parse(" | localmoe generate code-bank --temperature 0.7 --seed 1
+        [cyan]$[/cyan] localmoe generate notes-bank "The harbour at dawn"
+        [cyan]$[/cyan] localmoe generate notes-bank --file prompt.txt --show-mix
+        [cyan]$[/cyan] echo "def parse(" | localmoe generate code-bank --temperature 0.7 --seed 1
     """
     from localmoe.terminal import answers
 
@@ -161,10 +156,9 @@ def generate(
 def chat(bank: Path, **options: Any) -> None:
     """Talk with a bank whose base model is instruction-tuned; every message gets a mix of its own.
 
-    \b
-    [cyan]$[/cyan] localmoe chat notes-bank
-    [cyan]$[/cyan] localmoe chat notes-bank --temperature 0.7 --seed 1
-    [cyan]$[/cyan] printf 'Where is the harbour?\\n/mix\\n' | localmoe chat notes-bank
+        [cyan]$[/cyan] localmoe chat notes-bank
+        [cyan]$[/cyan] localmoe chat notes-bank --temperature 0.7 --seed 1
+        [cyan]$[/cyan] printf 'Where is the harbour?\\n/mix\\n' | localmoe chat notes-bank
     """
     from localmoe.terminal.chat import chat as talk
 
@@ -179,10 +173,9 @@ def chat(bank: Path, **options: Any) -> None:
 def info(bank: Path, verify: bool, as_json: bool) -> None:
     """Say what a bank holds: base, router, experts and whether they help, corpus, size.
 
-    \b
-    [cyan]$[/cyan] localmoe info notes-bank
-    [cyan]$[/cyan] localmoe info notes-bank --verify
-    [cyan]$[/cyan] localmoe info notes-bank --json | jq '.experts[].label'
+        [cyan]$[/cyan] localmoe info notes-bank
+        [cyan]$[/cyan] localmoe info notes-bank --verify
+        [cyan]$[/cyan] localmoe info notes-bank --json | jq '.experts[].label'
     """
     from localmoe.terminal import screen, summary
 
@@ -202,9 +195,8 @@ def info(bank: Path, verify: bool, as_json: bool) -> None:
 def draw_map(bank: Path, output: Path | None) -> None:
     """Draw the corpus as a map, one colour an expert, in one HTML file that needs no network.
 
-    \b
-    [cyan]$[/cyan] localmoe map notes-bank
-    [cyan]$[/cyan] localmoe map notes-bank -o notes.html
+        [cyan]$[/cyan] localmoe map notes-bank
+        [cyan]$[/cyan] localmoe map notes-bank -o notes.html
     """
     from localmoe.bank.store import Bank
     from localmoe.map import write_map

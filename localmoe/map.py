@@ -41,8 +41,8 @@ def write_map(bank: Bank, target: Path, grant: Collection[str] = ()) -> Path:
     Documents whose access set is not within `grant` are left out, with their experts; at most DRAWN of the others
     are drawn. t-SNE places public documents alone, at most FITTED of them; every other document goes to Σ w_i y_i
     over the 10 nearest of those, w = softmax(cosine / 0.03). A cluster's mark stands on its most central document,
-    argmin_i Σ_j ‖y_i − y_j‖. The same bank, grant and machine give the same bytes. Raises UsageError if the bank keeps no documents or embeddings, if none that may
-    be shown is public, or if `target` cannot be written.
+    argmin_i Σ_j ‖y_i − y_j‖. The same bank, grant and machine give the same bytes. Raises UsageError if the bank
+    keeps no documents or embeddings, if none that may be shown is public, or if `target` cannot be written.
     """
     if target.is_dir() or not target.parent.is_dir():
         what = "is a folder" if target.is_dir() else "lies in no folder that exists"
@@ -65,7 +65,7 @@ def place(fitted: Vectors, others: Vectors) -> tuple[Positions, Positions]:
     fitted: [n, d] and others: [m, d], unit rows; gives [n, 2] and [m, 2]. Adding to `others` moves nothing.
     """
     from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(1):  # t-SNE sums over threads in any order
         if len(fitted) < _FEW or not fitted.var(axis=0).any():
@@ -171,7 +171,8 @@ def _grid(spots: Positions) -> NDArray[np.int64]:
     low, high = spots.min(axis=0), spots.max(axis=0)
     longest = float((high - low).max())
     scale = GRID / longest if longest > 0 else 0.0
-    return np.rint((spots - (low + high) / 2) * scale + GRID / 2).astype(np.int64)
+    whole: NDArray[np.int64] = np.rint((spots - (low + high) / 2) * scale + GRID / 2).astype(np.int64)
+    return whole
 
 
 def _middle(spots: NDArray[np.int64]) -> list[int] | None:

@@ -10,7 +10,7 @@ from localmoe.terminal.screen import bar, bytes_text, duration_text, facts, plai
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from localmoe.build.plan import Plan, Times
+    from localmoe.train.plan import Plan, Times
 
 _BINS = 8
 _SPLITS = {"train": "to train on", "tune": "to tune on", "test": "held out", "unused": "not used"}

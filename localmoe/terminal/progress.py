@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from localmoe.build.progress import Event, Stage, Watch
+from localmoe.train.progress import Event, Stage, Watch
 from localmoe.terminal.screen import plain, print_json, remarks
 
 if TYPE_CHECKING:

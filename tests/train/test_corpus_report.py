@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from localmoe.build.corpus_report import EXAMPLES, FIELDS, ReportBuilder
+from localmoe.train.corpus_report import EXAMPLES, FIELDS, ReportBuilder
 
 
 def test_examples_and_fields_are_bounded_while_counts_go_on():

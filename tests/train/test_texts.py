@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.build import texts
-from localmoe.build.documents import NotRead
+from localmoe.train import texts
+from localmoe.train.documents import NotRead
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.build.documents import split_of
-from localmoe.build.passages import tokenize
-from localmoe.build.work import Work
+from localmoe.train.documents import split_of
+from localmoe.train.passages import tokenize
+from localmoe.train.work import Work
 from localmoe.config import BuildConfig
 from localmoe.errors import CorpusError
 from localmoe.packing import Passage

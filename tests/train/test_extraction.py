@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from localmoe.build.corpus import ReportBuilder, read_corpus
-from localmoe.build.documents import NotRead
-from localmoe.build.extraction import EXTRACTORS, extract
+from localmoe.train.corpus import ReportBuilder, read_corpus
+from localmoe.train.documents import NotRead
+from localmoe.train.extraction import EXTRACTORS, extract
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 
@@ -127,7 +127,7 @@ def test_binary_and_large_pages_are_not_read(monkeypatch):
     pytest.importorskip("trafilatura")
     assert reason_of(".html", b"<html>\0") == "binary"
     assert reason_of(".html", b"<html>\0\xff") == "binary"
-    monkeypatch.setattr("localmoe.build.extraction.MAX_DOCUMENT_BYTES", 20)
+    monkeypatch.setattr("localmoe.train.extraction.MAX_DOCUMENT_BYTES", 20)
     assert reason_of(".html", b"x" * 21) == "too_large"
 
 

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from localmoe.build.documents import MAX_DOCUMENT_BYTES, NotRead
+from localmoe.train.documents import MAX_DOCUMENT_BYTES, NotRead
 
 PIECE_BYTES = 2**20
 """How much of a stream is read at once."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from localmoe.build.corpus_report import Reason
+from localmoe.train.corpus_report import Reason
 from localmoe.config import CorpusConfig
 from localmoe.errors import ConfigError, CorpusError
 

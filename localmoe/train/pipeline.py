@@ -36,18 +36,18 @@ from localmoe.bank.manifest import (
     generations,
 )
 from localmoe.bank.store import Bank
-from localmoe.build import clusters as clustering
-from localmoe.build import experts as training
-from localmoe.build.checks import AT_MOST, choose_beta, nearest_rows
-from localmoe.build.clusters import Clusters
-from localmoe.build.corpus import read_corpus
-from localmoe.build.corpus_report import ReportBuilder
-from localmoe.build.documents import Document
-from localmoe.build.experts import AdapterResult, AdapterTask, Map
-from localmoe.build.labels import label_clusters
-from localmoe.build.progress import Event, Stage, Watch, unwatched
-from localmoe.build.rows import Rows, read_rows
-from localmoe.build.work import Work, collect
+from localmoe.train import clusters as clustering
+from localmoe.train import experts as training
+from localmoe.train.checks import AT_MOST, choose_beta, nearest_rows
+from localmoe.train.clusters import Clusters
+from localmoe.train.corpus import read_corpus
+from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.documents import Document
+from localmoe.train.experts import AdapterResult, AdapterTask, Map
+from localmoe.train.labels import label_clusters
+from localmoe.train.progress import Event, Stage, Watch, unwatched
+from localmoe.train.rows import Rows, read_rows
+from localmoe.train.work import Work, collect
 from localmoe.config import BuildConfig, as_dict
 from localmoe.encoders import Encoder, encoder_mark, load_encoder
 from localmoe.errors import ConfigError, TemporaryError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from localmoe.build.documents import Document
+from localmoe.train.documents import Document
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 from localmoe.packing import Passage

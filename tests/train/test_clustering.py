@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.build.clustering import Clustering, advised_clusters, bisect
+from localmoe.train.clustering import Clustering, advised_clusters, bisect
 from localmoe.config import ClusterConfig
 from localmoe.errors import LocalMoEError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from localmoe.build.corpus_report import ReportBuilder
+from localmoe.train.corpus_report import ReportBuilder
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 from localmoe.bank.adapters import write_adapter
 from localmoe.bank.manifest import AdapterRecord, Outcome, Training
 from localmoe.bank.peft import read_adapter
-from localmoe.build.checks import document_nll, outcome
-from localmoe.build.training import DivergedError, Progress, Trained, fresh_adapter, train
-from localmoe.build.work import Work
+from localmoe.train.checks import document_nll, outcome
+from localmoe.train.training import DivergedError, Progress, Trained, fresh_adapter, train
+from localmoe.train.work import Work
 from localmoe.config import TrainConfig, as_dict
 from localmoe.lora import Adapter
 from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from localmoe.build.documents import Document, Message, NotRead, Record, content_id, document_of, split_of
+from localmoe.train.documents import Document, Message, NotRead, Record, content_id, document_of, split_of
 from localmoe.config import CorpusConfig
 from localmoe.errors import ConfigError, CorpusError
 
@@ -73,7 +73,7 @@ def test_a_record_without_a_document_says_why(fields, expected):
 
 
 def test_s30_a_record_beyond_the_bound_is_too_large(monkeypatch):
-    monkeypatch.setattr("localmoe.build.documents.MAX_DOCUMENT_BYTES", 10)
+    monkeypatch.setattr("localmoe.train.documents.MAX_DOCUMENT_BYTES", 10)
     assert document(text="x" * 10).text == "x" * 10
     assert reason(text="x" * 11) == "too_large"
     assert reason(prompt="x" * 6, completion="y" * 5) == "too_large"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from localmoe.build.corpus import ReportBuilder, read_corpus
+from localmoe.train.corpus import ReportBuilder, read_corpus
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError, TemporaryError
 

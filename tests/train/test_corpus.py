@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from localmoe.build.corpus import Document, ReportBuilder, SeenKeys, read_corpus
+from localmoe.train.corpus import Document, ReportBuilder, SeenKeys, read_corpus
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 

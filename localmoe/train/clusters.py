@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.build.clustering import advised_clusters, bisect
-from localmoe.build.work import Work
+from localmoe.train.clustering import advised_clusters, bisect
+from localmoe.train.work import Work
 from localmoe.config import ClusterConfig
 
 Access = tuple[str, ...]

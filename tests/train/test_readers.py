@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from localmoe.build import readers, texts
-from localmoe.build.corpus_report import ReportBuilder
-from localmoe.build.documents import MAX_DOCUMENT_BYTES, NotRead
-from localmoe.build.readers import kind_of, read_file, wanted_fields
+from localmoe.train import readers, texts
+from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.documents import MAX_DOCUMENT_BYTES, NotRead
+from localmoe.train.readers import kind_of, read_file, wanted_fields
 from localmoe.config import CorpusConfig
 
 

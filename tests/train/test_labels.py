@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.build.labels import label_clusters
+from localmoe.train.labels import label_clusters
 
 
 def test_words_are_ranked_by_the_formula() -> None:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from localmoe.build.corpus_report import ReportBuilder
-from localmoe.build.documents import NotRead, Record
-from localmoe.build.readers import wanted_fields
+from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.documents import NotRead, Record
+from localmoe.train.readers import wanted_fields
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError, LocalMoEError, TemporaryError
 

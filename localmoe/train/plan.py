@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from localmoe.build import clusters as clustering
-from localmoe.build import experts as training
-from localmoe.build.checks import AT_MOST, document_nll
-from localmoe.build.clustering import advised_clusters
-from localmoe.build.clusters import Clusters
-from localmoe.build.corpus import read_corpus
-from localmoe.build.corpus_report import ReportBuilder
-from localmoe.build.pipeline import adapter_bytes
-from localmoe.build.progress import Event, Watch, unwatched
-from localmoe.build.rows import Rows, read_rows
-from localmoe.build.training import fresh_adapter, train
-from localmoe.build.work import Work, collect
+from localmoe.train import clusters as clustering
+from localmoe.train import experts as training
+from localmoe.train.checks import AT_MOST, document_nll
+from localmoe.train.clustering import advised_clusters
+from localmoe.train.clusters import Clusters
+from localmoe.train.corpus import read_corpus
+from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.pipeline import adapter_bytes
+from localmoe.train.progress import Event, Watch, unwatched
+from localmoe.train.rows import Rows, read_rows
+from localmoe.train.training import fresh_adapter, train
+from localmoe.train.work import Work, collect
 from localmoe.config import BuildConfig
 from localmoe.encoders import Encoder, load_encoder
 from localmoe.packing import Passage

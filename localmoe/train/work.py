@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localmoe.build.documents import Document, Message
+from localmoe.train.documents import Document, Message
 from localmoe.packing import Passage
 
 _ROWS = 1024  # documents in one row group, the unit in which the folder is read and embedded,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.build.corpus_report import ReportBuilder
-from localmoe.build.folder import access_of, matches, tags_of, walk
+from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.folder import access_of, matches, tags_of, walk
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
-from localmoe.build.documents import MAX_DOCUMENT_BYTES, NotRead
-from localmoe.build.texts import encoding_of
+from localmoe.train.documents import MAX_DOCUMENT_BYTES, NotRead
+from localmoe.train.texts import encoding_of
 
 DECLARED_CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 
