@@ -24,8 +24,8 @@ import torch
 from sklearn.cluster import BisectingKMeans
 from threadpoolctl import threadpool_limits
 
-from localmoe.train.clustering import Clustering, bisect
 from localmoe.config import ClusterConfig
+from localmoe.train.clustering import Clustering, bisect
 
 
 def sentence_like(points: int, dim: int, seed: int, topics: int = 500) -> np.ndarray:

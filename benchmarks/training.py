@@ -64,8 +64,14 @@ def trainer(model_path: str, documents: list[str], autocast: bool) -> dict[str, 
     """One epoch of transformers' Trainer on a PEFT model."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -192,9 +198,7 @@ def summary(arguments: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "rounds": rounds,
         "median_tokens_per_second": {side: statistics.median(values) for side, values in speeds.items()},
-        "ratios": {
-            side: {"median": statistics.median(v), "min": min(v), "max": max(v)} for side, v in ratios.items()
-        },
+        "ratios": {side: {"median": statistics.median(v), "min": min(v), "max": max(v)} for side, v in ratios.items()},
     }
 
 

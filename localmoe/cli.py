@@ -15,6 +15,7 @@ from localmoe.terminal.options import (
     draw_options,
     encoder_option,
     generate_config,
+    knob,
     model_options,
     prompt_options,
     route_changes,
@@ -34,13 +35,33 @@ CONTEXT = {
 def main(debug: bool) -> None:
     """Many small experts from your corpus, merged anew for every prompt.
 
-        Try it on a packaged corpus:   localmoe demo
-        Make a bank of your own:       localmoe build notes/ notes-bank
-        Ask it:                        localmoe generate notes-bank "The harbour at dawn"
+    [dim]Start here:[/dim]
+        [cyan]$[/cyan] localmoe demo                               minutes; needs no corpus of yours
+        [cyan]$[/cyan] localmoe build notes/ notes-bank            a bank of your own
+        [cyan]$[/cyan] localmoe generate notes-bank "At dawn"      ask it
 
     [dim]Exit codes: 0 ok, 1 failure, 2 usage, 3 some experts failed, 4 bank invalid, 5 locked, 75 try again later,
     130 interrupted.[/dim]
     """
+
+
+@main.command(panel="Start here")
+@click.option("--bank", type=PATH, default="demo-bank", show_default=True, help="Folder of the bank.")
+@knob("--base", "base", "Base model: a hub id, a folder, or a packaged model.", panel="Models")
+@knob("--encoder", "encoder", "Sentence encoder: a hub id, a folder, or a packaged model.", panel="Models")
+def demo(bank: Path, **options: str | None) -> None:
+    """Build a bank of Python's standard library, and show on held-out files and three prompts what it is worth.
+
+    The same command goes on where it was stopped, and builds nothing twice.
+
+    [dim]Examples:[/dim]
+        [cyan]$[/cyan] localmoe demo
+        [cyan]$[/cyan] localmoe demo --bank /tmp/demo-bank
+    """
+    from localmoe.terminal.demonstration import demonstrate
+
+    config = build_config(options)
+    demonstrate(bank, config.base, config.encoder)
 
 
 @main.command(panel="Make a bank", epilog=keys_epilog())
@@ -51,12 +72,13 @@ def main(debug: bool) -> None:
 def plan(source: str, no_probe: bool, as_json: bool, **options: Any) -> None:
     """Say what `build` would make of a corpus: documents, experts, disk and time; nothing is kept.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe plan notes/
         [cyan]$[/cyan] localmoe plan code/ --include '*.py' --clusters 40
         [cyan]$[/cyan] localmoe plan records.jsonl --text-field body --no-probe
     """
-    from localmoe.train.plan import plan as make
     from localmoe.terminal import plans, progress, screen
+    from localmoe.train.plan import plan as make
 
     config = build_config(options)
     with progress.watching() as watch:
@@ -78,12 +100,13 @@ def build(source: str, bank: Path, no_texts: bool, as_json: bool, **options: Any
 
     The same command goes on where it was stopped, and does nothing if nothing changed.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe build notes/ notes-bank
         [cyan]$[/cyan] localmoe build code/ code-bank --include '*.py' --clusters 40
         [cyan]$[/cyan] localmoe build records.jsonl bank -c settings.yaml --set train.batch=8
     """
-    from localmoe.train.pipeline import build as make
     from localmoe.terminal import progress, screen, summary
+    from localmoe.train.pipeline import build as make
 
     config = build_config(options, ["keep_texts=false"] if no_texts else [])
     with progress.watching(as_json) as watch:
@@ -107,6 +130,7 @@ def route(
 ) -> None:
     """Show which experts a prompt gets, and the documents nearest to it; needs no base model.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe route notes-bank "The harbour at dawn"
         [cyan]$[/cyan] localmoe route notes-bank --file prompt.txt --active 1
         [cyan]$[/cyan] git diff | localmoe route code-bank - --json
@@ -137,6 +161,7 @@ def generate(
 ) -> None:
     """Go on from a prompt with the model merged for it; the text streams to stdout.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe generate notes-bank "The harbour at dawn"
         [cyan]$[/cyan] localmoe generate notes-bank --file prompt.txt --show-mix
         [cyan]$[/cyan] echo "def parse(" | localmoe generate code-bank --temperature 0.7 --seed 1
@@ -156,6 +181,7 @@ def generate(
 def chat(bank: Path, **options: Any) -> None:
     """Talk with a bank whose base model is instruction-tuned; every message gets a mix of its own.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe chat notes-bank
         [cyan]$[/cyan] localmoe chat notes-bank --temperature 0.7 --seed 1
         [cyan]$[/cyan] printf 'Where is the harbour?\\n/mix\\n' | localmoe chat notes-bank
@@ -173,6 +199,7 @@ def chat(bank: Path, **options: Any) -> None:
 def info(bank: Path, verify: bool, as_json: bool) -> None:
     """Say what a bank holds: base, router, experts and whether they help, corpus, size.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe info notes-bank
         [cyan]$[/cyan] localmoe info notes-bank --verify
         [cyan]$[/cyan] localmoe info notes-bank --json | jq '.experts[].label'
@@ -195,6 +222,7 @@ def info(bank: Path, verify: bool, as_json: bool) -> None:
 def draw_map(bank: Path, output: Path | None) -> None:
     """Draw the corpus as a map, one colour an expert, in one HTML file that needs no network.
 
+    [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe map notes-bank
         [cyan]$[/cyan] localmoe map notes-bank -o notes.html
     """

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localmoe.bank.manifest import ExpertRecord
 from localmoe.bank.store import Bank
 from localmoe.errors import BankError, UsageError
 
@@ -126,19 +127,7 @@ def _contents(bank: Bank, grant: frozenset[str]) -> dict[str, Any]:
         "summary": _summary(bank, len(shown), len(experts)),
         "notes": _notes(bank, len(train), len(shown), len(drawn), len(fitted), excerpts is None),
         "grid": GRID,
-        "clusters": [
-            {
-                "id": expert.id,
-                "label": expert.label,
-                "documents": expert.documents,
-                "status": expert.outcome.status,
-                "outcome": _outcome(bank, expert.row),
-                "tags": list(expert.tags),
-                "access": list(expert.access),
-                "middle": _middle(spots[owner == k]),
-            }
-            for k, expert in enumerate(experts)
-        ],
+        "clusters": [_cluster(bank, expert, spots[owner == k]) for k, expert in enumerate(experts)],
         "trees": _trees(bank, grant),
         "points": {
             "x": spots[:, 0].tolist(),
@@ -147,6 +136,19 @@ def _contents(bank: Bank, grant: frozenset[str]) -> dict[str, Any]:
             "source": [rows[row]["source"] for row in drawn],
             "text": excerpts,
         },
+    }
+
+
+def _cluster(bank: Bank, expert: ExpertRecord, spots: NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        "id": expert.id,
+        "label": expert.label,
+        "documents": expert.documents,
+        "status": expert.outcome.status,
+        "outcome": _outcome(bank, expert),
+        "tags": list(expert.tags),
+        "access": list(expert.access),
+        "middle": _middle(spots),
     }
 
 
@@ -217,23 +219,23 @@ def _trees(bank: Bank, grant: frozenset[str]) -> list[Any]:
         raise BankError(f"{bank.path}: the cluster tree is damaged ({error!r})", "build the bank again") from error
 
 
-def _outcome(bank: Bank, row: int) -> str:
+def _outcome(bank: Bank, expert: ExpertRecord) -> str:
     """What became of an expert, in words."""
-    outcome = bank.manifest.experts[row].outcome
+    outcome = expert.outcome
     if outcome.nll is None or outcome.reference_nll is None:
         return outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}"
     gain = outcome.reference_nll - outcome.nll
     other = "base" if bank.manifest.trunk is None else "trunk"
     how = f"{abs(gain):.3f} nats a token {'better' if gain > 0 else 'worse'} than the {other}"
     unused = ", and so not routed to" if outcome.status == "harmful" else ""
-    return f"{outcome.status}: {how} on {outcome.documents} tune documents{unused}"
+    return f"{outcome.status}: {how} on {_counted(outcome.documents, 'tune document')}{unused}"
 
 
 def _summary(bank: Bank, documents: int, experts: int) -> list[str]:
     manifest = bank.manifest
     return [
-        f"{documents:,} documents",
-        f"{experts:,} experts",
+        _counted(documents, "document"),
+        _counted(experts, "expert"),
         f"base {manifest.base.id.rpartition('/')[2]}",
         f"encoder {manifest.encoder.id.rpartition('/')[2]}",
     ]
@@ -243,15 +245,19 @@ def _notes(bank: Bank, train: int, shown: int, drawn: int, fitted: int, textless
     how = "t-SNE" if fitted >= _FEW else "the first two principal axes"
     notes = [
         f"Documents that lie together are alike; distances between groups say little. Placed by {how}, fitted on "
-        f"{fitted:,} public documents."
+        f"{_counted(fitted, 'public document')}."
     ]
     if drawn < shown:
         notes.append(f"A sample of {drawn:,} of the {shown:,} documents is drawn.")
     if shown < train:
-        notes.append(f"{train - shown:,} restricted documents are left out.")
+        notes.append(f"Left out: {_counted(train - shown, 'restricted document')}.")
     if textless:
         notes.append("The bank was built without texts.")
     return [*notes, f"Generation {bank.manifest.generation}, digest {bank.manifest.digest[:12]}."]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _page(contents: dict[str, Any]) -> str:

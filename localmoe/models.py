@@ -84,12 +84,12 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a base model."""
     from transformers import AutoTokenizer
 
     with hub_errors("base model", name):
-        return AutoTokenizer.from_pretrained(locate(name), revision=revision)
+        return AutoTokenizer.from_pretrained(locate(name), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def context_length(model: Any) -> int:
@@ -313,7 +313,7 @@ def quiet() -> Iterator[None]:
 
 
 def _siblings(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    return [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
 
 
 def text_streamer(tokenizer: Any) -> Any:

@@ -75,9 +75,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bank(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_encoder: Path, tiny_corpus: Path
-) -> Path:
+def tiny_bank(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_encoder: Path, tiny_corpus: Path) -> Path:
     """A bank built of the tiny corpus with `tiny.tiny_config`; not to be changed."""
     import tiny
 

@@ -17,9 +17,7 @@ from localmoe.config import BuildConfig, RouteConfig, TrainConfig, as_dict, defa
 from localmoe.errors import ConfigError
 
 STAGES = [
-    stage
-    for stage in vars(configuration).values()
-    if isinstance(stage, type) and dataclasses.is_dataclass(stage)
+    stage for stage in vars(configuration).values() if isinstance(stage, type) and dataclasses.is_dataclass(stage)
 ]
 Write = Callable[[str], Path]
 
@@ -135,9 +133,7 @@ def test_a_configuration_survives_json() -> None:
 def test_an_unknown_key_is_named_with_the_nearest_one_and_its_line(write: Write) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path := write("base: x\n\ntrain:\n  rank: 8\n  rnk: 4\n"))
-    assert str(error.value).splitlines()[0] == (
-        f"{path}: unknown key 'train.rnk', did you mean 'train.rank'? (line 5)"
-    )
+    assert str(error.value).splitlines()[0] == (f"{path}: unknown key 'train.rnk', did you mean 'train.rank'? (line 5)")
 
 
 def test_an_unknown_group_is_named_with_the_nearest_one_and_its_line(write: Write) -> None:
@@ -146,9 +142,7 @@ def test_an_unknown_group_is_named_with_the_nearest_one_and_its_line(write: Writ
 
 
 def test_an_unknown_key_of_an_override_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(
-        ConfigError, match=r"unknown key 'cluster.min_token', did you mean 'cluster.min_tokens'"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key 'cluster.min_token', did you mean 'cluster.min_tokens'"):
         load_config(None, ["cluster.min_token=5"])
 
 

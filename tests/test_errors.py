@@ -63,9 +63,7 @@ def test_an_unknown_name_far_from_all_others_is_given_no_suggestion() -> None:
 
 
 def test_an_unknown_name_may_bring_its_own_remedy() -> None:
-    assert (
-        str(UnknownNameError("expert", "e9", [], "localmoe status")) == "unknown expert 'e9'\nlocalmoe status"
-    )
+    assert str(UnknownNameError("expert", "e9", [], "localmoe status")) == "unknown expert 'e9'\nlocalmoe status"
 
 
 @pytest.mark.parametrize(("name", "suggestion"), [("rnak", ", did you mean 'rank'?"), ("zzz", ""), ("", "")])

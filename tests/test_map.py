@@ -177,7 +177,7 @@ def test_restricted_documents_need_the_grant_and_never_move_public_ones(tmp_path
     assert [cluster["id"] for cluster in hidden["clusters"]] == ["e0"] and hidden["trees"] == ["e0"]
     text = without.read_text(encoding="utf-8")
     assert 'secret 1"' not in text and "cluster 1" not in text and '"hr"' not in text
-    assert any("20 restricted documents are left out" in note for note in hidden["notes"])
+    assert any("Left out: 20 restricted documents" in note for note in hidden["notes"])
     assert granted["points"]["source"] == [f"notes/{i}.txt" for i in range(40)]
     assert [cluster["access"] for cluster in granted["clusters"]] == [[], ["hr"]]
     assert granted["trees"] == ["e0", "e1"]

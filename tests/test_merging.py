@@ -19,9 +19,7 @@ MERGERS = tuple(mergers)
 every_merger = pytest.mark.parametrize("method", MERGERS)
 
 
-def update(
-    rank: int, seed: int, d_out: int = 7, d_in: int = 5, dtype: torch.dtype = torch.float32
-) -> LowRank:
+def update(rank: int, seed: int, d_out: int = 7, d_in: int = 5, dtype: torch.dtype = torch.float32) -> LowRank:
     random = torch.Generator().manual_seed(seed)
     A = torch.randn(rank, d_in, generator=random).to(dtype)
     B = torch.randn(d_out, rank, generator=random).to(dtype)

@@ -23,7 +23,17 @@ from localmoe.models import (
     target_linears,
 )
 
-_LINEARS = {"llama": 7, "llama-tied": 7, "qwen2": 7, "qwen3": 7, "gemma3": 7, "mistral": 7, "gpt2": 4, "gpt-neox": 4, "phi": 6}
+_LINEARS = {
+    "llama": 7,
+    "llama-tied": 7,
+    "qwen2": 7,
+    "qwen3": 7,
+    "gemma3": 7,
+    "mistral": 7,
+    "gpt2": 4,
+    "gpt-neox": 4,
+    "phi": 6,
+}
 
 
 def test_a_loaded_base_is_frozen_and_in_eval_mode(tiny_base: Path) -> None:
@@ -90,7 +100,7 @@ def test_a_mistyped_folder_is_an_error_that_names_its_neighbours(tiny_base: Path
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be loaded|no usable base model"):
+    with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(str(tmp_path))
 
 

@@ -118,7 +118,10 @@ def test_attention_without_lengths_or_with_a_soft_cap_is_refused() -> None:
         ("cohere", tiny.LLAMA | {"logit_scale": 0.0625}),
         ("granite", tiny.LLAMA | {"logits_scaling": 8.0}),
         ("gemma2", tiny.LLAMA | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}),
-        ("gemma2", tiny.LLAMA | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 2.0}),
+        (
+            "gemma2",
+            tiny.LLAMA | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 2.0},
+        ),
         ("gemma3_text", tiny.ARCHITECTURES["gemma3"][1] | {"final_logit_softcapping": 2.0}),
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),

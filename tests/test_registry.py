@@ -75,9 +75,7 @@ def test_a_registry_is_asked_for_entry_points_of_its_kind_once(asked: list[str])
 
 
 @pytest.mark.parametrize("use", [lambda sums: sums["theirs"], lambda sums: "theirs" in sums, list])
-def test_every_question_finds_the_entry_points(
-    asked: list[str], use: Callable[[Registry[Sum]], object]
-) -> None:
+def test_every_question_finds_the_entry_points(asked: list[str], use: Callable[[Registry[Sum]], object]) -> None:
     assert use(filled())
 
 

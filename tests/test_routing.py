@@ -64,8 +64,7 @@ def threshold_oracle(scores: list[float], beta: float, tau: float, most: int) ->
 
 def cosines(query: Tensor, centroids: Centroids) -> list[float]:
     return [
-        math.fsum(a * b for a, b in zip(query.tolist(), vector, strict=True))
-        for vector in centroids.vectors.tolist()
+        math.fsum(a * b for a, b in zip(query.tolist(), vector, strict=True)) for vector in centroids.vectors.tolist()
     ]
 
 
@@ -89,9 +88,7 @@ def test_sparse_softmax_equals_the_loop(scores: list[float], beta: float, tau: f
 def test_similarities_equal_the_fp64_loop() -> None:
     centroids, queries = bank(11, dim=50), units(4, 50, 1)
     expected = [cosines(query, centroids) for query in queries]
-    assert torch.allclose(
-        similarities(queries, centroids), torch.tensor(expected).double(), atol=1e-7, rtol=0
-    )
+    assert torch.allclose(similarities(queries, centroids), torch.tensor(expected).double(), atol=1e-7, rtol=0)
 
 
 def test_similarities_are_the_exact_sums_of_their_rounded_factors() -> None:
@@ -190,9 +187,7 @@ def test_an_expert_at_exactly_tau_does_not_pass_the_threshold_router() -> None:
 def test_max_experts_keeps_the_largest_weights_and_renormalises() -> None:
     centroids, queries = bank(20), units(4, 24, 1)
     free = route(queries, centroids, replace(CONFIG, tau=0.0))
-    for whole, capped in zip(
-        free, route(queries, centroids, replace(CONFIG, tau=0.0, max_experts=3)), strict=True
-    ):
+    for whole, capped in zip(free, route(queries, centroids, replace(CONFIG, tau=0.0, max_experts=3)), strict=True):
         largest = sorted(whole.weights, reverse=True)[:3]
         kept = {expert: w / sum(largest) for expert, w in weights_of(whole).items() if w in largest}
         assert len(whole.experts) > 3 and len(kept) == 3
@@ -259,9 +254,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @every_router
-def test_mixes_are_bit_equal_with_any_number_of_threads(
-    router: str, set_threads: Callable[[int], None]
-) -> None:
+def test_mixes_are_bit_equal_with_any_number_of_threads(router: str, set_threads: Callable[[int], None]) -> None:
     centroids, queries = bank(500, dim=130), units(70, 130, 1)
     config = RouteConfig(router=router, beta=0.03, tau=0.0, max_experts=500)
     mixes = []
@@ -281,9 +274,7 @@ def test_weights_over_very_many_experts_are_bit_equal_whatever_else_is_in_the_ba
 @every_router
 @settings(max_examples=8, deadline=None)
 @given(order=st.permutations(range(40)), beta=st.sampled_from([0.01, 0.1, 1.0]))
-def test_the_order_of_the_experts_does_not_matter_to_a_bit(
-    router: str, order: list[int], beta: float
-) -> None:
+def test_the_order_of_the_experts_does_not_matter_to_a_bit(router: str, order: list[int], beta: float) -> None:
     centroids, queries = bank(40), units(3, 24, 1)
     permuted = Centroids(tuple(centroids.experts[k] for k in order), centroids.vectors[order], "digest")
     config = RouteConfig(router=router, beta=beta, tau=0.001, active=5)
@@ -318,9 +309,7 @@ def test_an_unknown_router_is_named_with_a_suggestion() -> None:
 
 @pytest.mark.parametrize("router", ["sparse_softmax", "threshold"])
 def test_an_unset_beta_is_refused_and_the_error_says_who_finds_it(router: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"'{router}' needs a β[\s\S]*build finds it on the tune documents"
-    ):
+    with pytest.raises(ConfigError, match=rf"'{router}' needs a β[\s\S]*build finds it on the tune documents"):
         route(units(1, 24, 1), bank(2), RouteConfig(router=router))
 
 
@@ -376,9 +365,7 @@ def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         sparse_softmax(torch.zeros(shape), 0.1, 0.01)
 
 
-@pytest.mark.parametrize(
-    ("beta", "tau"), [(-0.1, 0.0), (float("nan"), 0.0), (0.1, -0.1), (0.1, 1.0), (0.1, math.nan)]
-)
+@pytest.mark.parametrize(("beta", "tau"), [(-0.1, 0.0), (float("nan"), 0.0), (0.1, -0.1), (0.1, 1.0), (0.1, math.nan)])
 def test_beta_and_tau_outside_their_ranges_are_refused(beta: float, tau: float) -> None:
     with pytest.raises(ConfigError, match="must be at least 0"):
         sparse_softmax(torch.zeros(1, 2), beta, tau)

@@ -15,12 +15,14 @@ from localmoe.lora import Adapter, LowRank, weight_of
 from localmoe.models import needs_transpose, target_linears
 from localmoe.packing import ATTENTION, Passage, packed_attention
 
-TOPICS = {
-    "sea": "boat sail wave anchor harbour tide salt mast rope island gull storm deck coast pilot".split(),
-    "kitchen": "bread flour oven sugar butter spoon onion pepper knife bowl recipe dough cream plate soup".split(),
-    "sky": "star planet moon comet orbit galaxy telescope light dark crater eclipse dust gas rocket sun".split(),
-    "law": "court judge statute appeal claim party tort clause witness verdict oath trial fine writ code".split(),
-}
+_WORDS = """
+sea boat sail wave anchor harbour tide salt mast rope island gull storm deck coast pilot
+kitchen bread flour oven sugar butter spoon onion pepper knife bowl recipe dough cream plate soup
+sky star planet moon comet orbit galaxy telescope light dark crater eclipse dust gas rocket sun
+law court judge statute appeal claim party tort clause witness verdict oath trial fine writ code
+"""
+TOPICS: dict[str, list[str]] = {topic: words for topic, *words in map(str.split, _WORDS.strip().splitlines())}
+"""Topic → its 15 words, which no other topic has."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|end|>{% endfor %}"
@@ -33,7 +35,7 @@ CONTEXT = 128
 
 def sentence(topic: str, seed: int, words: int = 20) -> str:
     """Words of one topic in a random order, the same for the same seed."""
-    chosen = random.Random(f"{topic} {seed}").choices(TOPICS[topic], k=words)
+    chosen = random.Random(f"{topic} {seed}").choices(TOPICS[topic], k=words)  # noqa: S311
     return " ".join(chosen) + "."
 
 
@@ -62,9 +64,8 @@ def tokenizer() -> Any:
         show_progress=False,
     )
     backend.train_from_iterator([" ".join(words) for words in TOPICS.values()], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
-    )
+    special = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
@@ -118,7 +119,7 @@ def write_encoder(folder: Path) -> Path:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", *(word for topic in TOPICS.values() for word in topic), "."]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
@@ -133,18 +134,12 @@ def write_encoder(folder: Path) -> Path:
     )
     model = BertModel(config)
     model.embeddings.position_embeddings.weight.data.zero_()
-    topics = torch.randn(len(TOPICS), 32)
-    for place, word in enumerate(words[3:-1]):  # words of one topic are alike
-        model.embeddings.word_embeddings.weight.data[3 + place] += topics[place // 15]
+    topics = torch.randn(len(TOPICS), 32)  # words of one topic are alike
+    model.embeddings.word_embeddings.weight.data[3:-1] += topics.repeat_interleave(15, dim=0)
     plain = folder / "plain"
     model.save_pretrained(plain)
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        model_max_length=64,
-    ).save_pretrained(plain)
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **special).save_pretrained(plain)
     SentenceTransformer(str(plain), device="cpu").save(str(folder / "encoder"))
     return folder / "encoder"
 

@@ -34,9 +34,7 @@ def held_out(engine: Engine, prefix_tokens: int, most_tokens: int, most_document
     """
     table = engine.bank.documents()
     ids = sorted(
-        name
-        for name, split in zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True)
-        if split == "test"
+        name for name, split in zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True) if split == "test"
     )
     trials: list[Trial] = []
     for name, text in zip(ids, engine.bank.texts(ids) if ids else [], strict=True):

@@ -23,7 +23,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """"better", "worse", or "no difference shown" where the interval holds zero."""
+        """ "better", "worse", or "no difference shown" where the interval holds zero."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference shown"
 
 
@@ -32,9 +32,7 @@ def perplexity(nll: Sequence[float], tokens: Sequence[int]) -> float:
     return math.exp(sum(nll) / sum(tokens))
 
 
-def compare(
-    method: Sequence[float], baseline: Sequence[float], tokens: Sequence[int], seed: int = 0
-) -> Comparison:
+def compare(method: Sequence[float], baseline: Sequence[float], tokens: Sequence[int], seed: int = 0) -> Comparison:
     """gain = 1 − ppl(method) / ppl(baseline), its interval by resampling documents, both methods on the same draw.
 
     method, baseline: summed nll [n] of the same documents; tokens [n]. Raises ValueError for unequal lengths or none.

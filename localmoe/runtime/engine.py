@@ -214,7 +214,13 @@ def open_engine(
     if found == mark:
         remember(where, mark)
     sentence = open_encoder(opened, encoder)
-    return Engine(opened, model, load_tokenizer(where, manifest.base.revision), sentence, _routing(opened, config))
+    return Engine(
+        opened,
+        model,
+        load_tokenizer(where, manifest.base.revision, trust_remote_code),
+        sentence,
+        _routing(opened, config),
+    )
 
 
 def _check_base(wanted: Fingerprint, found: Fingerprint, name: str, where: str, variant: bool) -> None:

@@ -29,7 +29,8 @@ class DenseBuffer:
     def merged(self, updates: Mapping[str, LowRank | Tensor]) -> Iterator[None]:
         """The model with `updates` (module name → ΔW) merged in, for as long as the context lasts.
 
-        No updates = the base model. Raises BankError for a module that the base lacks.
+        No updates = the base model. Raises BankError for a module that the base lacks or has in another shape,
+        UsageError for weights that are offloaded or quantised.
         """
         unknown = sorted(set(updates) - set(self._targets))
         if unknown:
@@ -55,10 +56,16 @@ class DenseBuffer:
                 f"{name} is offloaded or quantised, and cannot be merged into",
                 "load the base with all its weights in memory, in a floating-point dtype",
             )
+        shape = (update.B.shape[0], update.A.shape[1]) if isinstance(update, LowRank) else tuple(update.shape)
+        base = weight_of(module)
+        if shape != tuple(base.shape):
+            raise BankError(
+                f"the expert changes {name} as if it were {list(shape)}, and it is {list(base.shape)}",
+                "was the bank built for another base? see `localmoe info BANK`",
+            )
         if name not in self._buffers:
             self._buffers[name] = nn.Parameter(torch.empty_like(weight), requires_grad=False)
         buffer = self._buffers[name]
-        base = weight_of(module)
         target = buffer.data if base is weight else buffer.data.t()
         if isinstance(update, LowRank):
             scaled = (update.B.to(base.device, torch.float32) * update.c.to(base.device)).to(base.dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from localmoe.config import GenerateConfig
 from localmoe.terminal.mixes import answer_data, show_cost, show_mix
-from localmoe.terminal.screen import print_json, remarks
+from localmoe.terminal.screen import print_json, remarks, write_text
 
 if TYPE_CHECKING:
     from localmoe.runtime.engine import Engine
@@ -24,9 +23,7 @@ def generate(engine: Engine, prompt: str, config: GenerateConfig, with_mix: bool
     said = []
     for piece in stream:
         said.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        write_text(piece)
+    write_text("\n")
     if with_mix:
         show_cost(remarks(), stream.answer("".join(said)))

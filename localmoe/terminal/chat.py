@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from localmoe.config import GenerateConfig
 from localmoe.errors import PromptError
 from localmoe.terminal.mixes import show_mix
-from localmoe.terminal.screen import remarks, show_error
+from localmoe.terminal.screen import remarks, show_error, write_text
 
 if TYPE_CHECKING:
     from localmoe.routing import Mix
@@ -87,10 +87,8 @@ def _reply(engine: Engine, conversation: _Conversation, message: str, config: Ge
     try:
         for piece in stream:
             said.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write_text(piece)
     except KeyboardInterrupt:
         remarks().print(" (stopped)", style="dim")
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    write_text("\n")
     conversation.turns.append({"role": "assistant", "content": "".join(said)})

@@ -193,18 +193,21 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 
 
 def build_config(options: dict[str, Any], more: Sequence[str] = ()) -> BuildConfig:
-    """File < everyday options < --set."""
-    file, settings = options.pop("file"), options.pop("settings")
-    given = {name.replace("__", "."): value for name, value in options.items() if value is not None and value != ()}
+    """The configuration: file < everyday options < `more` < --set; raises ConfigError."""
+    file, settings = options.get("file"), options.get("settings", ())
+    keys = {name: value for name, value in options.items() if name not in ("file", "settings")}
+    given = {name.replace("__", "."): value for name, value in keys.items() if value is not None and value != ()}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
     return load_config(file, [*overrides, *more, *settings])
 
 
 def route_changes(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of RouteConfig that were given."""
     found = {name: options[f"route_{name}"] for name in (field.name for field in dataclasses.fields(RouteConfig))}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def generate_config(options: dict[str, Any]) -> GenerateConfig:
+    """The fields of GenerateConfig that were given; raises ConfigError for a value out of range."""
     names = [field.name for field in dataclasses.fields(GenerateConfig)]
     return checked(GenerateConfig, {name: options[name] for name in names if options[name] is not None})

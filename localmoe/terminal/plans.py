@@ -49,9 +49,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def histogram(sizes: tuple[int, ...], bins: int = _BINS) -> list[tuple[int, int, int]]:
-    """(from, to, clusters) for `bins` ranges of equal width from the smallest to the largest size."""
+def histogram(sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(from, to, clusters) for at most `_BINS` ranges of equal width from the smallest to the largest size."""
     low, high = min(sizes), max(sizes)
+    bins = max(1, min(_BINS, len(sizes) // 2))
     width = max(1, -(-(high - low + 1) // bins))
     counts = [0] * -(-(high - low + 1) // width)
     for size in sizes:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from localmoe.train.progress import Event, Stage, Watch
 from localmoe.terminal.screen import plain, print_json, remarks
+from localmoe.train.progress import Event, Stage, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console

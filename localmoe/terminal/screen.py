@@ -55,6 +55,14 @@ def readable_warnings() -> Iterator[None]:
         warnings.showwarning = before
 
 
+def write_text(text: str) -> None:
+    """Generated text to stdout at once; on a terminal without the control characters that could steer it."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_json(value: Any) -> None:
     """One JSON value on one line of stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
@@ -105,9 +113,9 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """`"45 s"`, `"12 min"`, `"3.4 h"`, `"2.1 days"`."""
+    """`"250 ms"`, `"2.1 s"`, `"45 s"`, `"12 min"`, `"3.4 h"`, `"2.1 days"`."""
     if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+        return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.{1 if seconds < 10 else 0}f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

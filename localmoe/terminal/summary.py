@@ -152,7 +152,7 @@ def _experts(experts: list[dict[str, Any]]) -> Any:
             plain(expert["label"]),
             f"{expert['documents']:,}",
             f"{expert['tokens']:,}",
-            plain(_outcome_text(expert, ""), _STYLES[expert["status"]]),
+            plain(_outcome_text(expert, "its start"), _STYLES[expert["status"]]),
             *(plain(", ".join(expert[name])) for name in extra),
         )
     return rows
@@ -173,8 +173,10 @@ def _outcome_data(outcome: Outcome) -> dict[str, Any]:
 def _outcome_text(outcome: dict[str, Any], reference: str) -> str:
     if outcome["nats_gained"] is None:
         return f"{outcome['status']}: {outcome['reason']}" if outcome["reason"] else str(outcome["status"])
-    against = f" against {reference}" if reference else ""
-    return f"{outcome['status']}, {outcome['nats_gained']:+.3f} nats a token{against} on {outcome['checked_on']}"
+    gained = outcome["nats_gained"]
+    better = "better" if gained > 0 else "worse"
+    documents = f"{outcome['checked_on']} documents"
+    return f"{outcome['status']}: {abs(gained):.3f} nats a token {better} than {reference} on {documents}"
 
 
 def _router_data(manifest: Manifest) -> dict[str, Any]:

@@ -66,10 +66,10 @@ class Verbs(click.RichGroup):
             again = "; what is finished is kept: go on with the same command"
             remarks().print("\ninterrupted" + (again if ctx.invoked_subcommand in RESUMABLE else ""))
             ctx.exit(INTERRUPTED)
-        except BrokenPipeError:  # whoever read our output has seen enough
+        except BrokenPipeError:  # whoever read our output has seen enough; the code is click's and rich's
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
+            ctx.exit(LocalMoEError.exit_code)
         except Exception as error:
             told = _told(error, ctx.invoked_subcommand)
             show_error(told, debug)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def outcome(own: Mapping[int, Nll], reference: Mapping[int, Nll]) -> Outcome:
     if len(own) < ENOUGH:
         return Outcome("unchecked", len(own), None, None, f"only {len(own)} tune documents are near to it")
     nll, other = _mean(own.values()), _mean([reference[row] for row in own])
+    if not math.isfinite(nll):
+        return Outcome("harmful", len(own), None, None, f"its loss on tune documents is {nll}")
     return Outcome("good" if nll < other else "harmful", len(own), nll, other, None)
 
 

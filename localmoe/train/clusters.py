@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from localmoe.config import ClusterConfig
 from localmoe.train.clustering import advised_clusters, bisect
 from localmoe.train.work import Work
-from localmoe.config import ClusterConfig
 
 Access = tuple[str, ...]
 

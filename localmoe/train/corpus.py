@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from localmoe.config import CorpusConfig
+from localmoe.errors import CorpusError, did_you_mean
 from localmoe.train.corpus_report import CorpusReport, ReportBuilder
 from localmoe.train.documents import Document, Message, NotRead, Record, document_of, split_of
 from localmoe.train.folder import access_of, printable, tags_of, walk
 from localmoe.train.hub import DATASET_ID, read_dataset
 from localmoe.train.readers import READERS, kind_of, read_file
-from localmoe.config import CorpusConfig
-from localmoe.errors import CorpusError, did_you_mean
 
 __all__ = ["CorpusReport", "Document", "Message", "ReportBuilder", "read_corpus", "split_of"]
 

@@ -75,7 +75,7 @@ class CorpusReport:
         """The report as sentences, the most important first; control characters in names are escaped."""
         lines = [
             f"{self.documents:,} documents ({self.restricted:,} with restricted access, {self.characters:,}"
-            f" characters in all) from {self.files:,} files and {self.records:,} records"
+            f" characters in all) from {self._origin}"
         ]
         lines += [
             f"no file matches the access pattern {pattern!r}: was anything read as public that should not be?"
@@ -86,6 +86,11 @@ class CorpusReport:
             detail = f" ({_printable(first.detail)})" if first.detail else ""
             lines.append(f"{count:,} {MEANINGS[reason]}: {'e.g. ' * (count > 1)}{_printable(first.source)}{detail}")
         return lines
+
+    @property
+    def _origin(self) -> str:
+        files = f"{self.files:,} file{'s' * (self.files != 1)}"
+        return f"{self.records:,} records in {files}" if self.records else files
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""

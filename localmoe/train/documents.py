@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from localmoe.train.corpus_report import Reason
 from localmoe.config import CorpusConfig
 from localmoe.errors import ConfigError, CorpusError
+from localmoe.train.corpus_report import Reason
 
 MAX_DOCUMENT_BYTES = 8 * 2**20
 """Bound of one document: a text file longer than this many characters is cut, a longer record is not read."""

@@ -13,13 +13,13 @@ from pydantic import TypeAdapter
 from localmoe.bank.adapters import write_adapter
 from localmoe.bank.manifest import AdapterRecord, Outcome, Training
 from localmoe.bank.peft import read_adapter
-from localmoe.train.checks import document_nll, outcome
-from localmoe.train.training import DivergedError, Progress, Trained, fresh_adapter, train
-from localmoe.train.work import Work
 from localmoe.config import TrainConfig, as_dict
 from localmoe.lora import Adapter
 from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
 from localmoe.packing import Passage
+from localmoe.train.checks import document_nll, outcome
+from localmoe.train.training import DivergedError, Progress, Trained, fresh_adapter, train
+from localmoe.train.work import Work
 
 ATTEMPTS = 2
 """A training that diverges is repeated once, at half the rate."""

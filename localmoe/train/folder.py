@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from localmoe.train.corpus_report import ReportBuilder
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
+from localmoe.train.corpus_report import ReportBuilder
 
 IGNORED = ("node_modules", "site-packages", "__pycache__")
 """Folders of installed or generated code; hidden files and folders are left out too (.git, .venv, .env)."""

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from localmoe.config import CorpusConfig
+from localmoe.errors import CorpusError, LocalMoEError, TemporaryError
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.documents import NotRead, Record
 from localmoe.train.readers import wanted_fields
-from localmoe.config import CorpusConfig
-from localmoe.errors import CorpusError, LocalMoEError, TemporaryError
 
 DATASET_ID = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w.-]+))?(?::([\w.-]+))?")
 """name, name:split or name:configuration:split; the name may be owner/name."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from localmoe.train.documents import Document
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 from localmoe.packing import Passage
+from localmoe.train.documents import Document
 
 
 @dataclass(frozen=True)

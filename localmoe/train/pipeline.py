@@ -36,6 +36,12 @@ from localmoe.bank.manifest import (
     generations,
 )
 from localmoe.bank.store import Bank
+from localmoe.config import BuildConfig, as_dict
+from localmoe.encoders import Encoder, encoder_mark, load_encoder
+from localmoe.errors import ConfigError, TemporaryError, UsageError
+from localmoe.lora import weight_of
+from localmoe.models import context_length, fingerprint, remember, target_linears
+from localmoe.routing import Centroids
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
 from localmoe.train.checks import AT_MOST, choose_beta, nearest_rows
@@ -48,12 +54,6 @@ from localmoe.train.labels import label_clusters
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.work import Work, collect
-from localmoe.config import BuildConfig, as_dict
-from localmoe.encoders import Encoder, encoder_mark, load_encoder
-from localmoe.errors import ConfigError, TemporaryError, UsageError
-from localmoe.lora import weight_of
-from localmoe.models import context_length, fingerprint, remember, target_linears
-from localmoe.routing import Centroids
 
 PREFIX_TOKENS = 50
 """β is chosen for the first tokens of the tune documents, as the evaluation will show them (specification)."""

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from localmoe.config import BuildConfig
+from localmoe.encoders import Encoder, load_encoder
+from localmoe.packing import Passage
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
 from localmoe.train.checks import AT_MOST, document_nll
@@ -24,16 +27,13 @@ from localmoe.train.progress import Event, Watch, unwatched
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.training import fresh_adapter, train
 from localmoe.train.work import Work, collect
-from localmoe.config import BuildConfig
-from localmoe.encoders import Encoder, load_encoder
-from localmoe.packing import Passage
 
 EMBEDDED = 1_000
 """Documents that are embedded to see the clusters, and how fast the encoder is."""
 STEPS = 10
 """Training steps that are timed, at most, ..."""
 SECONDS = 15.0
-"""... and for about so long; two at least."""
+"""... and for about so long; one at least."""
 
 _BATCH = 64  # documents handed to the encoder between two looks at the clock
 
@@ -85,19 +85,26 @@ def plan(source: str | Path, config: BuildConfig = BuildConfig(), probe: bool = 
     Raises what `build` raises for the same corpus and configuration.
     """
     with tempfile.TemporaryDirectory(prefix="localmoe-plan-") as folder:
-        model, tokenizer = training.workplace(config.base, config.revision)
-        encoder = load_encoder(config.encoder)
-        report = ReportBuilder()
-        file, _, count = collect(Path(folder), read_corpus(source, config.corpus, report))
-        work = Work(Path(folder), "plan")
-        work.adopt("documents.parquet", file)
-        rows = read_rows(work, tokenizer, config, lambda done: watch(Event("tokenize", done, count)))
-        chosen = _sample(np.flatnonzero(rows.train), EMBEDDED, config.seed)
-        vectors, documents_per_second = _embed(work, encoder, chosen, watch)
-        found = _cluster(vectors, chosen, rows, config)
-        times = _times(model, work, rows, found, config, documents_per_second, watch) if probe else None
-        texts = (work.path / "documents.parquet").stat().st_size
-        passages = (work.path / "passages.parquet").stat().st_size
+        try:
+            return _plan(source, Path(folder), config, probe, watch)
+        finally:
+            training.workplace.cache_clear()
+
+
+def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, watch: Watch) -> Plan:
+    model, tokenizer = training.workplace(config.base, config.revision)
+    encoder = load_encoder(config.encoder)
+    report = ReportBuilder()
+    file, _, count = collect(folder, read_corpus(source, config.corpus, report))
+    work = Work(folder, "plan")
+    work.adopt("documents.parquet", file)
+    rows = read_rows(work, tokenizer, config, lambda done: watch(Event("tokenize", done, count)))
+    chosen = _sample(np.flatnonzero(rows.train), EMBEDDED, config.seed)
+    vectors, documents_per_second = _embed(work, encoder, chosen, watch)
+    found = _cluster(vectors, chosen, rows, config)
+    times = _times(model, work, rows, found, config, documents_per_second, watch) if probe else None
+    texts = (work.path / "documents.parquet").stat().st_size
+    passages = (work.path / "passages.parquet").stat().st_size
     counts = rows.counts()
     tokens = dict(counts["split_tokens"])
     tokens["unused"] = tokens.get("unused", 0) + counts["unused_tokens"]
@@ -188,16 +195,17 @@ def _probe(model: Any, work: Work, rows: Rows, config: BuildConfig, watch: Watch
     """Tokens a second: of training on real passages after one step to warm up, and of checking."""
     chosen = _sample(np.flatnonzero(rows.train), (STEPS + 1) * config.train.batch, config.seed)
     passages = [passage for document in work.passages(chosen.tolist()) for passage in document]
-    while len(passages) < 3 * config.train.batch:
+    while len(passages) < 2 * config.train.batch:
         passages += passages
     ends: list[tuple[float, int]] = []
 
     def progress(tokens: int, loss: float) -> None:
         ends.append((time.perf_counter(), tokens))
-        watch(Event("trunk", len(ends), STEPS + 1))
-        if len(ends) > STEPS or (len(ends) > 2 and ends[-1][0] - ends[0][0] > SECONDS):
+        watch(Event("trunk", sum(tokens for _, tokens in ends), 0))
+        if len(ends) > STEPS or (len(ends) > 1 and ends[-1][0] - ends[0][0] > SECONDS):
             raise _Enough
 
+    watch(Event("trunk", 0, 0, f"timing at most {STEPS} steps"))
     start = fresh_adapter(model, config.train, config.seed)
     with suppress(_Enough):
         train(model, passages, start, config.train, config.train.learning_rate, config.seed, progress=progress)

@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from localmoe.config import CorpusConfig
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.documents import MAX_DOCUMENT_BYTES, NotRead, Record
 from localmoe.train.extraction import EXTRACTORS, extract
 from localmoe.train.texts import PIECE_BYTES, decoded, encoding_of, parts
-from localmoe.config import CorpusConfig
 
 Reader = Callable[[BinaryIO, str, CorpusConfig, ReportBuilder], Iterator[Record]]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.train.documents import split_of
-from localmoe.train.passages import tokenize
-from localmoe.train.work import Work
 from localmoe.config import BuildConfig
 from localmoe.errors import CorpusError
 from localmoe.packing import Passage
+from localmoe.train.documents import split_of
+from localmoe.train.passages import tokenize
+from localmoe.train.work import Work
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def train(
             losses.append(value)
             if progress is not None:
                 progress(sum(passage.predicted for passage in batch), value)
+        with torch.no_grad():  # what the last step did, no loss has seen yet
+            _finite(loss(model, pack([min(batches[-1], key=len)], model.device)))
         adapter = {name: _frozen(module.A, module.B, start[name]) for name, module in modules.items()}
     if not all(bool(u.A.isfinite().all() and u.B.isfinite().all()) for u in adapter.values()):
         raise DivergedError("the factors are not finite after training")
@@ -102,14 +104,18 @@ def _step(
     optimizer: torch.optim.Optimizer,
     clip: float,
 ) -> float:
-    value = loss(model, pack(batch, model.device))
-    if not bool(value.isfinite()):
-        raise DivergedError(f"the loss became {value.item()}")
+    value = _finite(loss(model, pack(batch, model.device)))
     torch.autograd.backward(value, inputs=list(factors))
     torch.nn.utils.clip_grad_norm_(factors, clip)
     optimizer.step()
     optimizer.zero_grad()
     return value.item()
+
+
+def _finite(value: Tensor) -> Tensor:
+    if not bool(value.isfinite()):
+        raise DivergedError(f"the loss became {value.item()}")
+    return value
 
 
 def _batches(passages: Sequence[Passage], config: TrainConfig, seed: int) -> list[list[Passage]]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from localmoe.train.documents import Document, Message
 from localmoe.packing import Passage
+from localmoe.train.documents import Document, Message
 
 _ROWS = 1024  # documents in one row group, the unit in which the folder is read and embedded,
 _CHARACTERS = 16 * 2**20  # ... or fewer, if they are long

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.train.clustering import Clustering, advised_clusters, bisect
 from localmoe.config import ClusterConfig
 from localmoe.errors import LocalMoEError
+from localmoe.train.clustering import Clustering, advised_clusters, bisect
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from localmoe.train.corpus import Document, ReportBuilder, SeenKeys, read_corpus
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
+from localmoe.train.corpus import Document, ReportBuilder, SeenKeys, read_corpus
 
 
 def read(source: str | Path, report: ReportBuilder | None = None, **config: object) -> list[Document]:

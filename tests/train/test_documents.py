@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from localmoe.train.documents import Document, Message, NotRead, Record, content_id, document_of, split_of
 from localmoe.config import CorpusConfig
 from localmoe.errors import ConfigError, CorpusError
+from localmoe.train.documents import Document, Message, NotRead, Record, content_id, document_of, split_of
 
 CONFIG = CorpusConfig(access_field="who", tags_field="tags")
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
+from localmoe.config import CorpusConfig
+from localmoe.errors import CorpusError
 from localmoe.train.corpus import ReportBuilder, read_corpus
 from localmoe.train.documents import NotRead
 from localmoe.train.extraction import EXTRACTORS, extract
-from localmoe.config import CorpusConfig
-from localmoe.errors import CorpusError
 
 PAGE = "<html><head>{head}</head><body><nav><a href='/'>Home</a></nav><article>{body}</article></body></html>"
 PARAGRAPH = "<p>The größte boat lay at the quay all summer, and nobody in the village knew whose it was any more.</p>"

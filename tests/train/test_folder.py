@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.train.corpus_report import ReportBuilder
-from localmoe.train.folder import access_of, matches, tags_of, walk
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
+from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.folder import access_of, matches, tags_of, walk
 
 
 def fill(root: Path, *names: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from localmoe.train.corpus import ReportBuilder, read_corpus
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError, TemporaryError
+from localmoe.train.corpus import ReportBuilder, read_corpus
 
 datasets = pytest.importorskip("datasets")
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from localmoe.config import CorpusConfig
 from localmoe.train import readers, texts
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.documents import MAX_DOCUMENT_BYTES, NotRead
 from localmoe.train.readers import kind_of, read_file, wanted_fields
-from localmoe.config import CorpusConfig
 
 
 def records(path: Path, report: ReportBuilder | None = None, **config: object) -> list[tuple[str, dict[str, object]]]:

@@ -1,0 +1,86 @@
+"""Checks: losses of documents against an oracle, outcomes, and the choice of β."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from localmoe.config import RouteConfig
+from localmoe.lora import attached
+from localmoe.routing import Centroids
+from localmoe.train.checks import AT_MOST, UNTUNED_BETA, Nll, choose_beta, document_nll, nearest_rows, outcome
+
+
+def test_the_loss_of_a_document_is_the_sum_over_its_passages_under_the_adapter() -> None:
+    model = tiny.base("llama")
+    adapter = tiny.random_adapter(model)
+    parts = tiny.passages(*range(3, 13))
+    documents = {5: parts[:4], 2: parts[4:9], 9: parts[9:]}
+    for update in (None, adapter):
+        found = document_nll(model, documents, update)
+        assert list(found) == [5, 2, 9]
+        for row, passages in documents.items():
+            total, tokens = 0.0, 0
+            for passage in passages:
+                targets = passage.tokens.masked_fill(~passage.labels, -100)[1:]
+                if update is None:
+                    logits = model(passage.tokens[None]).logits
+                else:
+                    with attached(model, update):
+                        logits = model(passage.tokens[None]).logits
+                total += float(F.cross_entropy(logits[0, :-1].double(), targets, reduction="sum"))
+                tokens += passage.predicted
+            assert found[row].tokens == tokens
+            assert found[row].total == pytest.approx(total, abs=1e-3)
+
+
+def test_an_outcome_compares_means_per_token_and_needs_three_documents() -> None:
+    reference = {row: Nll(30.0, 10) for row in range(4)}
+    better = {0: Nll(20.0, 10), 1: Nll(35.0, 10), 2: Nll(30.0, 10)}
+    worse = {0: Nll(30.0, 10), 1: Nll(30.0, 10), 2: Nll(31.0, 10)}
+    good, harmful = outcome(better, reference), outcome(worse, reference)
+    assert (good.status, good.documents) == ("good", 3)
+    assert (good.nll, good.reference_nll) == pytest.approx((85 / 30, 3.0))
+    assert harmful.status == "harmful"
+    assert outcome({0: Nll(1.0, 10), 1: Nll(1.0, 10)}, reference).status == "unchecked"
+    broken = outcome(better | {1: Nll(float("nan"), 10)}, reference)
+    assert (broken.status, broken.nll, broken.reason) == ("harmful", None, "its loss on tune documents is nan")
+    assert outcome(dict(list(reference.items())[:3]), reference).status == "harmful"
+
+
+def test_nearest_rows_are_the_most_similar_of_each_centroid() -> None:
+    assignment = np.array([0, 1, 0, 0, 3])
+    similarity = np.array([0.1, 0.9, 0.8, 0.5, 0.2])
+    assert nearest_rows(assignment, similarity, 4) == [[2, 3, 0], [1], [], [4]]
+    assert nearest_rows(assignment, similarity, 4, most=2) == [[2, 3], [1], [], [4]]
+    assert len(nearest_rows(np.zeros(50, dtype=int), np.ones(50), 1)[0]) == AT_MOST
+
+
+CENTROIDS = Centroids(("a", "b", "c", "d"), torch.eye(4), "bank")
+
+
+def _queries(count: int) -> np.ndarray:
+    rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+    return F.normalize(rows, dim=1).numpy()
+
+
+def test_beta_is_the_one_that_gives_the_wanted_mean_of_active_experts() -> None:
+    record, note = choose_beta(_queries(20), CENTROIDS, RouteConfig(active=2.0))
+    assert note == ""
+    assert record.beta > 0
+    assert 1.5 < record.active <= 2.0 == record.wanted
+
+
+def test_a_beta_that_was_given_is_kept_and_its_active_experts_are_counted() -> None:
+    record, note = choose_beta(_queries(20), CENTROIDS, RouteConfig(beta=0.0001))
+    assert (record.beta, note) == (0.0001, "")
+    assert record.active == pytest.approx(1.0, abs=0.1)
+
+
+def test_without_tune_documents_or_experts_it_says_that_beta_was_not_tuned() -> None:
+    record, note = choose_beta(_queries(2), CENTROIDS, RouteConfig())
+    assert record.beta == UNTUNED_BETA
+    assert "only 2 public tune documents" in note
+    record, note = choose_beta(_queries(20), Centroids((), torch.zeros(0, 4), "bank"), RouteConfig())
+    assert (record.beta, note) == (0.0, "no expert may be routed to")

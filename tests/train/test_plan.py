@@ -1,0 +1,108 @@
+"""The plan of a build: what it says is what `build` then does, and nothing stays behind."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from localmoe.config import BuildConfig, ClusterConfig, TrainConfig
+from localmoe.errors import CorpusError
+from localmoe.train import plan as planning
+from localmoe.train.plan import Plan, plan
+from localmoe.train.progress import Event
+
+
+@pytest.fixture
+def config(tiny_base: Path, tiny_encoder: Path) -> BuildConfig:
+    return tiny.tiny_config(tiny_base, tiny_encoder)
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_plan_foretells_the_bank_that_build_makes(
+    tiny_corpus: Path, tiny_bank: Path, config: BuildConfig, scratch: Path
+) -> None:
+    from localmoe.bank.store import Bank
+
+    manifest = Bank.open(tiny_bank).manifest
+    found = plan(tiny_corpus, config, probe=False)
+    assert found.sizes == tuple(expert.tokens for expert in manifest.experts)
+    assert found.documents == manifest.corpus["split_documents"]
+    assert {name: found.tokens[name] for name in ("train", "tune", "test")} == manifest.corpus["split_tokens"]
+    assert found.tokens["unused"] == manifest.corpus["unused_tokens"]
+    assert (found.wanted, found.embedded, found.times) == (4, found.documents["train"], None)
+    adapters = sum(adapter.weights.bytes for adapter in manifest.adapters)
+    vectors = 2 * manifest.encoder.dim * sum(found.documents.values())
+    assert adapters * 0.5 < found.bank_bytes - vectors < adapters * 2  # tiny factors: headers weigh much
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_sample_stands_for_all_tokens(
+    tiny_corpus: Path, config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "EMBEDDED", 12)
+    found = plan(tiny_corpus, config, probe=False)
+    assert found.embedded == 12
+    assert sum(found.sizes) == pytest.approx(found.tokens["train"], abs=12)
+
+
+def test_fewer_experts_than_wanted_can_be_seen(tiny_corpus: Path, config: BuildConfig) -> None:
+    found = plan(tiny_corpus, replace(config, cluster=ClusterConfig(clusters=9, min_tokens=600)), probe=False)
+    assert found.wanted == 9
+    assert len(found.sizes) < 9 and min(found.sizes) >= 600
+
+
+def _measured(source: Path, config: BuildConfig, events: list[Event]) -> Plan:
+    found = plan(source, config, watch=events.append)
+    assert found.times is not None and found.times.tokens_per_second > 0
+    return found
+
+
+def test_times_follow_from_tokens_and_measured_speed(tiny_corpus: Path, config: BuildConfig) -> None:
+    events: list[Event] = []
+    found = _measured(tiny_corpus, replace(config, train=TrainConfig(rank=4, epochs=2, batch=8)), events)
+    times = found.times
+    assert times is not None
+    assert times.experts == pytest.approx(2 * found.tokens["train"] / times.tokens_per_second)
+    assert times.trunk == pytest.approx(times.experts)  # every document is public
+    assert times.total == times.embed + times.trunk + times.experts + times.checks
+    assert min(times.embed, times.checks) > 0
+    assert any(event.stage == "trunk" and event.done > 0 for event in events)
+
+
+def test_the_paper_s_recipe_needs_neither_time_nor_disk_for_a_trunk(tiny_corpus: Path, config: BuildConfig) -> None:
+    with_trunk = plan(tiny_corpus, config, probe=False)
+    paper = _measured(tiny_corpus, replace(config, train=TrainConfig(rank=4, recipe="paper")), [])
+    assert paper.times is not None and paper.times.trunk == 0
+    assert paper.bank_bytes < with_trunk.bank_bytes
+
+
+def test_the_probe_stops_after_its_steps(
+    tiny_corpus: Path, config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "STEPS", 2)
+    events: list[Event] = []
+    _measured(tiny_corpus, replace(config, train=TrainConfig(rank=4, batch=2)), events)
+    assert len([event for event in events if event.stage == "trunk" and event.done > 0]) == 3
+
+
+def test_a_corpus_of_one_document_has_a_plan(tmp_path: Path, config: BuildConfig) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text(tiny.sentence("sea", 1), encoding="utf-8")
+    assert len(_measured(file, config, []).sizes) == 1
+
+
+def test_what_build_refuses_plan_refuses_and_cleans_up(tmp_path: Path, config: BuildConfig, scratch: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="0 documents"):
+        plan(tmp_path / "empty", config)
+    assert list(scratch.iterdir()) == []
