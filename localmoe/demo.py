@@ -16,11 +16,11 @@ from localmoe.evaluate.protocol import held_out, score_alone, score_merged
 from localmoe.evaluate.statistics import Comparison, compare, perplexity
 from localmoe.runtime.engine import Answer, Engine, base_mix
 
-SAMPLE_TOKENS = 28_000
+SAMPLE_TOKENS = 22_000
 """Tokens trained on, twice: once by the trunk, once by the experts."""
 PREFIX_TOKENS = 64
 DOCUMENT_TOKENS = 192
-TEST_DOCUMENTS = 104
+TEST_DOCUMENTS = 100
 PROMPTS = (
     "class ThreadedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):\n    def handle(self):\n",
     'def parse_header(line):\n    """Parse an email header into its name, value and parameters."""\n',
@@ -76,9 +76,9 @@ def configuration(base: str, encoder: str) -> BuildConfig:
             passages_per_document=1,
             sample_tokens=SAMPLE_TOKENS,
             tune_fraction=0.13,
-            test_fraction=0.36,
+            test_fraction=0.40,
         ),
-        cluster=ClusterConfig(clusters=8, min_tokens=1_200),
+        cluster=ClusterConfig(clusters=8, min_tokens=1_000),
     )
 
 

@@ -90,7 +90,7 @@ class CorpusReport:
     @property
     def _origin(self) -> str:
         files = f"{self.files:,} file{'s' * (self.files != 1)}"
-        return f"{self.records:,} records in {files}" if self.records else files
+        return f"{files} and {self.records:,} records" if self.records else files
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""

@@ -109,7 +109,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
         watch(Event("read", count, count, line))
     rows = read_rows(work, tokenizer, config, lambda done: watch(Event("tokenize", done, count)))
     watch(Event("tokenize", count, count, _token_note(rows)))
-    embeddings = _embed(work, encoder, count, watch)
+    embeddings = _embed(work, encoder, rows, watch)
     clusters = _cluster(work, embeddings, rows, config, watch)
     _check_disk(path, model, config, len(clusters.access))
     plan = _plan(path, work, config, rows, clusters, embeddings)
@@ -155,17 +155,27 @@ def _token_note(rows: Rows) -> str:
     return "; ".join(parts) + f"; {counts['unused_tokens'] + tokens.get('unused', 0):,} tokens not used"
 
 
-def _embed(work: Work, encoder: Encoder, count: int, watch: Watch) -> np.ndarray:
-    """φ of every document [n, d] fp32, memory-mapped; a shard a batch of documents, so that it resumes."""
-    done = 0
+def _embed(work: Work, encoder: Encoder, rows: Rows, watch: Watch) -> np.ndarray:
+    """φ of every document [n, d] fp32, memory-mapped, rows of zeros for those that the sample left out.
+
+    A shard a batch of documents, so that it resumes.
+    """
+    used = np.array([split != "unused" for split in rows.split], dtype=bool)
+    count, total = len(used), int(used.sum())
+    first = 0
     shards = []
     for number, batch in enumerate(work.documents()):
         name = f"embeddings-{number:05d}.npy"
+        mask = used[first : first + len(batch)]
         if not work.has(name):
-            work.write_array(name, encoder.encode([document.query for document in batch]))
+            shard = np.zeros((len(batch), encoder.dim), dtype=np.float32)
+            chosen = [document.query for document, wanted in zip(batch, mask, strict=True) if wanted]
+            if chosen:
+                shard[mask] = encoder.encode(chosen)
+            work.write_array(name, shard)
         shards.append(name)
-        done += len(batch)
-        watch(Event("embed", done, count))
+        first += len(batch)
+        watch(Event("embed", int(used[:first].sum()), total))
     if not work.has("embeddings.npy"):
         target = np.lib.format.open_memmap(
             work.path / ".embeddings.npy", "w+", dtype=np.float32, shape=(count, encoder.dim)
