@@ -76,7 +76,7 @@ def configuration(base: str, encoder: str) -> BuildConfig:
             passages_per_document=1,
             sample_tokens=SAMPLE_TOKENS,
             tune_fraction=0.13,
-            test_fraction=0.40,
+            test_fraction=0.45,
         ),
         cluster=ClusterConfig(clusters=8, min_tokens=1_000),
     )
