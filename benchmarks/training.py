@@ -1,6 +1,6 @@
 """Training speed: LocalMoE's loop against PEFT with transformers' Trainer, same model, rank, batch and documents.
 
-    python benchmarks/training.py ARTICLES.jsonl[.gz] MODEL [--articles 256] [--rounds 4] [--json PATH]
+    python benchmarks/training.py ARTICLES.jsonl[.gz] MODEL [--articles 256] [--length 1024] [--rounds 4] [--json PATH]
 
 Every round trains on its share of the articles, each side in a process of its own, one after the other in turn; what
 counts is label tokens a second after one step of warm-up. `--profile` says where our loop's time goes instead.
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RANK, ALPHA, RATE, BATCH, LENGTH = 16, 16, 1e-3, 4, 1024
+RANK, ALPHA, RATE, BATCH = 16, 16, 1e-3, 4
 SIDES = {
     "localmoe": "bf16 base, fp32 factors, packed, loss only on labels",
     "peft-autocast": "Trainer: bf16 base, fp32 adapters, bf16=True (autocast), group_by_length, adamw_torch_fused",
@@ -36,7 +36,7 @@ def texts(path: Path, first: int, count: int) -> list[str]:
         return [json.loads(line)["text"] for number, line in zip(range(first + count), file) if number >= first]  # noqa: B905
 
 
-def ours(model_path: str, documents: list[str], profile: bool) -> dict[str, Any]:
+def ours(model_path: str, documents: list[str], length: int, profile: bool) -> dict[str, Any]:
     """One epoch of LocalMoE's loop."""
     import torch
 
@@ -48,7 +48,7 @@ def ours(model_path: str, documents: list[str], profile: bool) -> dict[str, Any]
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     passages = []
     for text in documents:
-        ids = torch.tensor(tokenizer(text)["input_ids"][:LENGTH])
+        ids = torch.tensor(tokenizer(text)["input_ids"][:length])
         passages.append(Passage(ids, torch.ones(len(ids), dtype=torch.bool)))
     config = TrainConfig(rank=RANK, alpha=ALPHA, batch=BATCH)
     start = fresh_adapter(model, config, 0)
@@ -60,7 +60,7 @@ def ours(model_path: str, documents: list[str], profile: bool) -> dict[str, Any]
     return _speed(result.tokens, time.perf_counter() - begun)
 
 
-def trainer(model_path: str, documents: list[str], autocast: bool) -> dict[str, Any]:
+def trainer(model_path: str, documents: list[str], length: int, autocast: bool) -> dict[str, Any]:
     """One epoch of transformers' Trainer on a PEFT model."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -81,7 +81,7 @@ def trainer(model_path: str, documents: list[str], autocast: bool) -> dict[str, 
         LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         autocast_adapter_dtype=autocast,
     )
-    data = [{"input_ids": tokenizer(text)["input_ids"][:LENGTH]} for text in documents]
+    data = [{"input_ids": tokenizer(text)["input_ids"][:length]} for text in documents]
     tokens = sum(len(row["input_ids"]) - 1 for row in data)
     stamps: list[float] = []
 
@@ -138,7 +138,9 @@ def _profiled(work: Any) -> dict[str, Any]:
 def worker(arguments: argparse.Namespace, side: str, first: int, count: int) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, str(arguments.articles_file), arguments.model, "--worker", side]
-    command += ["--first", str(first), "--articles", str(count)] + (["--profile"] if arguments.profile else [])
+    command += ["--first", str(first), "--articles", str(count), "--length", str(arguments.length)] + (
+        ["--profile"] if arguments.profile else []
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -150,7 +152,8 @@ def main() -> None:
     parser.add_argument("articles_file", type=Path)
     parser.add_argument("model")
     parser.add_argument("--articles", type=int, default=256)
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="first article")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of an article at most")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sides", nargs="+", default=["localmoe", "peft-autocast"], choices=SIDES)
     parser.add_argument("--profile", action="store_true")
@@ -160,13 +163,18 @@ def main() -> None:
     if arguments.worker:
         documents = texts(arguments.articles_file, arguments.first, arguments.articles)
         if arguments.worker == "localmoe":
-            print(json.dumps(ours(arguments.model, documents, arguments.profile)))
+            print(json.dumps(ours(arguments.model, documents, arguments.length, arguments.profile)))
         else:
-            print(json.dumps(trainer(arguments.model, documents, arguments.worker == "peft-autocast")))
+            print(
+                json.dumps(trainer(arguments.model, documents, arguments.length, arguments.worker == "peft-autocast"))
+            )
         return
     if arguments.profile:
-        for name, share, calls in worker(arguments, "localmoe", 0, BATCH)["profile"]:
+        rows = worker(arguments, "localmoe", 0, BATCH)["profile"]
+        for name, share, calls in rows:
             print(f"{share:7.1%}  {calls:6}  {name}")
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"length": arguments.length, "profile": rows}, indent=1) + "\n")
         return
     rounds = []
     share = arguments.articles // arguments.rounds
@@ -193,7 +201,13 @@ def summary(arguments: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict
         if side != "localmoe"
     }
     return {
-        "settings": {"articles": arguments.articles, "rank": RANK, "batch": BATCH, "length": LENGTH, "sides": SIDES},
+        "settings": {
+            "articles": arguments.articles,
+            "rank": RANK,
+            "batch": BATCH,
+            "length": arguments.length,
+            "sides": SIDES,
+        },
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "rounds": rounds,

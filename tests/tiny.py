@@ -35,7 +35,7 @@ CONTEXT = 128
 
 def sentence(topic: str, seed: int, words: int = 20) -> str:
     """Words of one topic in a random order, the same for the same seed."""
-    chosen = random.Random(f"{topic} {seed}").choices(TOPICS[topic], k=words)  # noqa: S311
+    chosen = random.Random(f"{topic} {seed}").choices(TOPICS[topic], k=words)
     return " ".join(chosen) + "."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from localmoe.train.pipeline import build
 
 def demonstrate(path: Path, base: str, encoder: str) -> None:
     """Build the demo's bank at `path`, unless it is there, and show what it is worth; nothing is canned."""
+    started = time.monotonic()
     console = results()
     config = demo.configuration(base, encoder)
     _heading(console, "1  Build", "localmoe build, on a sample of the source of Python's standard library")
@@ -40,6 +42,7 @@ def demonstrate(path: Path, base: str, encoder: str) -> None:
         _show_exchange(console, engine, exchanges[-1])
     _heading(console, "5  What it cost", "median of the three prompts")
     console.print(facts([(name, duration_text(seconds)) for name, seconds in demo.cost(exchanges).items()]))
+    console.print(f"the whole demo took {duration_text(time.monotonic() - started)} in all", style="dim")
     _heading(console, "6  Try next", "")
     quoted = shlex.quote(str(path))
     for line in (
