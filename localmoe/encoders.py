@@ -45,7 +45,8 @@ def load_encoder(name: str, revision: str | None = None, prompt: str = "") -> En
     from sentence_transformers import SentenceTransformer
 
     with hub_errors("encoder", name), quiet():
-        return Encoder(SentenceTransformer(locate(name), revision=revision), name, prompt)
+        model = SentenceTransformer(locate(name), revision=revision, model_kwargs={"use_safetensors": True})
+        return Encoder(model, name, prompt)
 
 
 def encoder_mark(fingerprint: str) -> Fingerprint:

@@ -31,6 +31,7 @@ GRID = 10_000
 _FEW = 10  # documents for which t-SNE has too few neighbours
 _NEIGHBOURS = 10
 _SHARPNESS = 0.03
+_TEXTS = 1_000  # whole texts in memory at a time
 
 Vectors = NDArray[np.float32]
 Positions = NDArray[np.float64]
@@ -192,9 +193,10 @@ def _excerpts(bank: Bank, ids: Sequence[str]) -> list[str] | None:
     if "texts" not in bank.manifest.files:
         return None
     found = []
-    for text in bank.texts(ids):
-        words = " ".join(text[: 4 * EXCERPT].split())
-        found.append(words if len(words) <= EXCERPT else f"{words[:EXCERPT].rstrip()}…")
+    for start in range(0, len(ids), _TEXTS):
+        for text in bank.texts(ids[start : start + _TEXTS]):
+            words = " ".join(text[: 4 * EXCERPT].split())
+            found.append(words if len(words) <= EXCERPT else f"{words[:EXCERPT].rstrip()}…")
     return found
 
 

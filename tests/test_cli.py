@@ -312,8 +312,16 @@ def test_generate_prints_the_text_alone_and_the_mix_beside_it(
     assert all(expert in result.stderr for expert in expected.mix.experts)
     assert f"{expected.prompt_tokens} in the prompt, {expected.new_tokens} new" in result.stderr
     data = json.loads(run("generate", tiny_bank, "boat sail", "--json", *limit).stdout)
-    assert (data["text"], data["new_tokens"]) == (expected.text, expected.new_tokens)
+    assert (data["text"], data["new_tokens"], data["base_variant"]) == (expected.text, expected.new_tokens, False)
     assert sorted(data["seconds"]) == ["embed", "first_token", "load", "merge", "select", "total"]
+
+
+def test_a_fall_back_is_said_whether_or_not_the_mix_is_shown(tiny_bank: Path, models: list[str]) -> None:
+    options = [*models, "--max-new-tokens", "1", "--beta", "100", "--tau", "0.9"]
+    for verb, prompt, stdin in (("generate", ["boat"], None), ("chat", [], "boat\n")):
+        result = run(verb, tiny_bank, *prompt, *options, stdin=stdin)
+        assert result.exit_code == 0
+        assert "fall-back: no expert's softmax weight is above tau" in result.stderr
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", "boat " * 200])

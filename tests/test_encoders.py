@@ -1,15 +1,17 @@
 """Encoders: unit rows, independent of the batch, and known again by their fingerprint."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from localmoe.encoders import Encoder, load_encoder
-from localmoe.errors import PromptError, TemporaryError
+from localmoe.errors import PromptError, TemporaryError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,15 @@ def test_a_vector_is_the_normalised_mean_of_the_models_states(encoder: Encoder, 
         states = model[0].auto_model(**inputs).last_hidden_state[0].double()
     expected = states.mean(0) / states.mean(0).norm()
     np.testing.assert_allclose(encoder.encode([text])[0], expected.numpy(), atol=1e-5)
+
+
+def test_weights_that_are_a_pickle_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    (weights,) = (tmp_path / "encoder").rglob("model.safetensors")
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(UsageError, match=r"no usable encoder .*safetensors"):
+        load_encoder(str(tmp_path / "encoder"))
 
 
 def test_no_texts_give_no_rows(encoder: Encoder) -> None:

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
+from localmoe import attention
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
 from localmoe.models import (
-    ATTENTION,
     compute_dtype,
     context_length,
     fingerprint,
@@ -89,9 +89,9 @@ def test_the_attention_is_put_back_even_after_an_exception() -> None:
     model = tiny.base("llama")
     before = model.config._attn_implementation
     with pytest.raises(ZeroDivisionError), packed(model):
-        assert model.config._attn_implementation == ATTENTION
+        assert model.config._attn_implementation == attention.NAME
         raise ZeroDivisionError
-    assert model.config._attn_implementation == before != ATTENTION
+    assert model.config._attn_implementation == before != attention.NAME
 
 
 def test_a_mistyped_folder_is_an_error_that_names_its_neighbours(tiny_base: Path) -> None:

@@ -8,10 +8,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from localmoe.attention import packed_attention
 from localmoe.errors import UsageError
 from localmoe.lora import attached
 from localmoe.models import check_packing, packed
-from localmoe.packing import Passage, loss, pack, packed_attention, token_nll
+from localmoe.packing import Passage, loss, pack, token_nll
 
 TOLERANCE = 1e-4  # nats, fp32; losses are about 6
 

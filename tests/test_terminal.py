@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from localmoe.config import GenerateConfig
 from localmoe.errors import BankError, ConfigError, PartialError, PromptError
+from localmoe.terminal.chat import _messages
 from localmoe.terminal.plans import histogram
 from localmoe.terminal.progress import LINE_EVERY, Lines, clock_text, show_json, watching
 from localmoe.terminal.screen import bar, bytes_text, duration_text, plain, readable_warnings, show_error
@@ -145,6 +148,14 @@ def test_an_unfinished_build_says_how_many_experts_are_done(tmp_path: Path) -> N
     with pytest.raises(BankError, match="1 of 3 experts") as raised:
         open_for_info(tmp_path)
     assert f"localmoe build SOURCE {tmp_path}" in raised.value.remedy
+
+
+def test_a_chat_at_a_keyboard_needs_no_readline(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter([" hello ", "/quit"])
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert list(itertools.islice(_messages(), 2)) == ["hello", "/quit"]
 
 
 def test_failed_experts_are_an_error_of_their_own() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from localmoe.attention import NAME, packed_attention
 from localmoe.bank.adapters import write_adapter
 from localmoe.config import BuildConfig, ClusterConfig, CorpusConfig, RouteConfig, TrainConfig
 from localmoe.lora import Adapter, LowRank, weight_of
 from localmoe.models import needs_transpose, target_linears
-from localmoe.packing import ATTENTION, Passage, packed_attention
+from localmoe.packing import Passage
 
 _WORDS = """
 sea boat sail wave anchor harbour tide salt mast rope island gull storm deck coast pilot
@@ -197,7 +198,7 @@ def register_attention() -> None:
     """What `load_model` does before it loads."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionInterface.register(NAME, packed_attention)
 
 
 def checksum(model: Any) -> str:

@@ -64,7 +64,7 @@ def _place(target: Path, contents: Mapping[str, bytes], records: Mapping[str, Fi
 
     if not is_whole():
         need = sum(record.bytes for record in records.values())
-        with temporary(target.parent, need) as new, temporary(target.parent, 0) as damaged:
+        with temporary(target.parent, 0) as damaged, temporary(target.parent, need) as new:
             new.mkdir()
             for file, data in contents.items():
                 write_durably(new / file, data)

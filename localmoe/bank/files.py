@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ TEMPORARY = ".tmp-"
 
 _LFS_POINTER = b"version https://git-lfs"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROWS = 1024  # rows of a row group, the unit in which a large table is read,
+_CHARACTERS = 16 * 2**20  # ... or fewer, if they are long
 
 
 def write_tensors(path: Path, kind: Kind, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -40,6 +42,41 @@ def write_table(path: Path, kind: Kind, table: Any) -> FileRecord:
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     return _place(path, kind, sink.getvalue().to_pybytes())
+
+
+def write_texts(path: Path, texts: Iterable[tuple[str, str]]) -> FileRecord:
+    """Writes ids and texts as `texts-<hash>.parquet` into the bank at `path`; one row group is in memory at a time."""
+    import pyarrow
+
+    schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.string())])
+    with temporary(path, 0) as new:
+        write_rows(new, ({"id": name, "text": text} for name, text in texts), schema)
+        with new.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        record = FileRecord(hash_of(new), new.stat().st_size)
+        target = path / file_name("texts", record.sha256)
+        if not holds(target, record):
+            os.replace(new, target)
+    sync_folder(path)
+    return record
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], schema: Any) -> None:
+    """A Parquet file from rows, a row group at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        held: list[Mapping[str, Any]] = []
+        size = 0
+        for row in rows:
+            held.append(row)
+            size += sum(len(value) for value in row.values() if isinstance(value, str))
+            if len(held) == _ROWS or size > _CHARACTERS:
+                writer.write_table(pyarrow.Table.from_pylist(held, schema))
+                held, size = [], 0
+        if held:
+            writer.write_table(pyarrow.Table.from_pylist(held, schema))
 
 
 def write_json(path: Path, kind: Kind, value: Any) -> FileRecord:
@@ -125,7 +162,7 @@ def sync_folder(folder: Path) -> None:
 def temporary(folder: Path, need: int) -> Iterator[Path]:
     """A new name in `folder`; whatever still bears it at the end is removed.
 
-    `need`: bytes about to be written. Raises TemporaryError if the disk is full.
+    `need`: bytes about to be written, 0 if that is not known. Raises TemporaryError if the disk is full.
     """
     path = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
     try:
@@ -134,9 +171,10 @@ def temporary(folder: Path, need: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
+        needs = f"needs {size(need)}, " if need else ""
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         raise TemporaryError(
-            f"the disk of {folder} is full: needs {size(need)}, has {size(shutil.disk_usage(there).free)}",
+            f"the disk of {folder} is full: {needs}has {size(shutil.disk_usage(there).free)}",
             "make room and type the same command again: what is finished is kept",
         ) from error
     finally:

@@ -19,6 +19,7 @@ from localmoe.bank.files import (
     write_durably,
     write_table,
     write_tensors,
+    write_texts,
 )
 from localmoe.bank.integrity import damage, file_problems
 from localmoe.bank.lock import build_lock
@@ -142,8 +143,8 @@ def _without_documents(bank: Bank, gone: Collection[str]) -> dict[Kind, FileReco
         rows = torch.from_numpy(bank.embeddings()[kept.to_numpy()])
         files["embeddings"] = write_tensors(bank.path, "embeddings", {"embeddings": rows})
     if "texts" in bank.manifest.files:
-        ids = sorted(set(left["id"].to_pylist()))
-        files["texts"] = write_table(bank.path, "texts", pyarrow.table({"id": ids, "text": bank.texts(ids)}))
+        ids = set(left["id"].to_pylist())
+        files["texts"] = write_texts(bank.path, ((name, text) for name, text in bank.all_texts() if name in ids))
     return files
 
 

@@ -119,12 +119,15 @@ class Bank:
         """The texts of documents, in the order asked for; raises UnknownNameError for an unknown id."""
         if not ids:
             return []
-        table = _read_table(self._file("texts"), filters=[("id", "in", list(ids))])
-        found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+        found = dict(_read_texts(self._file("texts"), ids))
         for document in ids:
             if document not in found:
                 raise UnknownNameError("document", document, (), "ids are in the bank's documents table")
         return [found[document] for document in ids]
+
+    def all_texts(self) -> Iterator[tuple[str, str]]:
+        """Id and text of every document; one row group is in memory at a time."""
+        return _read_texts(self._file("texts"), None)
 
     def embeddings(self) -> NDArray[np.float16]:
         """Unit embeddings of the documents [n, d], fp16, memory-mapped."""
@@ -177,7 +180,7 @@ def _checks(bank: Bank) -> Iterator[Callable[[], object]]:
     if "documents" in bank.manifest.files and "embeddings" in bank.manifest.files:
         yield partial(_check_documents, bank)
     if "texts" in bank.manifest.files:
-        yield partial(_read_table, bank._file("texts"))
+        yield partial(_check_texts, bank)
     if "clusters" in bank.manifest.files:
         yield bank.clusters
 
@@ -205,6 +208,11 @@ def _check_documents(bank: Bank) -> None:
         raise BankError(f"{bank.path}: {len(documents)} documents, but {len(embeddings)} embeddings")
 
 
+def _check_texts(bank: Bank) -> None:
+    for _ in bank.all_texts():  # reading to the end is the check
+        pass
+
+
 def _with_shared_factors(adapter: Adapter, trunk: Adapter, folder: Path) -> Adapter:
     """The same updates over the trunk's own A; raises BankError where the stored A is another one."""
     shared = {}
@@ -227,11 +235,35 @@ def _tensor(file: Path, name: str, dtype: torch.dtype, dim: int) -> Tensor:
     return tensor
 
 
-def _read_table(file: Path, filters: Any = None) -> Any:
+def _read_table(file: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file, memory_map=True, filters=filters)
+        return pyarrow.parquet.read_table(file, memory_map=True)
     except (OSError, pyarrow.ArrowException) as error:
-        raise BankError(f"{file} is not a whole parquet file: {error}", "copy the bank again") from error
+        raise _not_whole(file, error) from error
+
+
+def _read_texts(file: Path, ids: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    """Id and text of these documents, of all if None; of a row group without one of them only the ids are read."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    wanted = None if ids is None else pyarrow.array(ids, pyarrow.string())
+    try:
+        with pyarrow.parquet.ParquetFile(file, memory_map=True) as reader:
+            for group in range(reader.num_row_groups):
+                names = reader.read_row_group(group, columns=["id"])["id"]
+                here = names.is_valid() if wanted is None else pyarrow.compute.is_in(names, value_set=wanted)
+                rows = pyarrow.compute.indices_nonzero(here)
+                if len(rows) > 0:
+                    texts = reader.read_row_group(group, columns=["text"])["text"].take(rows)
+                    yield from zip(names.take(rows).to_pylist(), texts.to_pylist(), strict=True)
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise _not_whole(file, error) from error
+
+
+def _not_whole(file: Path, error: Exception) -> BankError:
+    return BankError(f"{file} is not a whole parquet file: {error}", "copy the bank again")

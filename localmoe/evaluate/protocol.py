@@ -13,7 +13,7 @@ from localmoe.lora import Adapter, attached
 from localmoe.models import packed
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import Mix
-from localmoe.runtime.engine import Engine
+from localmoe.runtime.engine import Engine, base_mix
 
 _BATCH = 8
 
@@ -57,7 +57,8 @@ def score_alone(
 ) -> list[float]:
     """Summed nll (nats) of every suffix under the base, or under one adapter for all."""
     totals: list[float] = []
-    with attached(engine.model, adapter) if adapter is not None else nullcontext(), packed(engine.model):
+    beside = attached(engine.model, adapter) if adapter is not None else nullcontext()
+    with engine.merged(base_mix(engine.bank)), beside, packed(engine.model):
         for start in range(0, len(trials), _BATCH):
             part = [trial.passage for trial in trials[start : start + _BATCH]]
             totals += [float(nll.double().sum()) for nll in token_nll(engine.model, part)]

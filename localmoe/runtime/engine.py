@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from localmoe.bank.store import Bank
-from localmoe.config import GenerateConfig, RouteConfig
+from localmoe.config import GenerateConfig, RouteConfig, as_dict
 from localmoe.encoders import Encoder
-from localmoe.errors import BankError, PromptError
+from localmoe.errors import BankError, PromptError, UsageError
 from localmoe.lora import Adapter
 from localmoe.merging import merge_adapters
 from localmoe.models import (
@@ -53,24 +53,40 @@ class Answer:
 
     text: str
     mix: Mix
+    base_variant: bool
+    """Whether the base has other weights than the bank was built for."""
     prompt_tokens: int
     new_tokens: int
     seconds: Seconds
 
 
 class Engine:
-    """Answers prompts from a bank; calls from several threads take turns, since they share one merged model."""
+    """Answers prompts from a bank; calls from several threads take turns, since they share one merged model.
 
-    def __init__(self, bank: Bank, model: Any, tokenizer: Any, encoder: Encoder, config: RouteConfig) -> None:
+    A stream that is read to its end or closed gives the model back. Until then whatever else needs the model waits,
+    but in the thread that began the stream, which would wait for ever, it is a UsageError.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        model: Any,
+        tokenizer: Any,
+        encoder: Encoder,
+        config: RouteConfig,
+        base_variant: bool = False,
+    ) -> None:
         self.bank = bank
         self.model = model
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.config = config
+        self.base_variant = base_variant
         self.router = PromptRouter(bank, encoder, config)
         self._buffer = DenseBuffer(model)
         self._adapters: dict[str, Adapter] = {}
         self._lock = threading.Lock()
+        self._holder: int | None = None
 
     def route(self, prompt: str | Conversation) -> Mix:
         """The mix for a prompt: which experts, with which weights (Algorithm 2, without the generation).
@@ -135,17 +151,32 @@ class Engine:
     def merged(self, mix: Mix) -> Iterator[tuple[float, float]]:
         """The model merged by `mix`, for as long as the context lasts; gives the seconds of load and merge.
 
-        One thread at a time; the base weights are never written. Raises BankError for a mix of another bank.
+        One thread at a time; the base weights are never written. Raises BankError for a mix of another bank, UsageError
+        where this thread has the model already.
         """
         if mix.experts and mix.bank != self.bank.manifest.digest:
             raise BankError("the mix was routed in another bank", "route the prompt again in this one")
-        with self._lock:
+        with self._turn():
             started = time.perf_counter()
             adapters = [self._adapter(expert) for expert in mix.experts]
             loaded = time.perf_counter()
             updates = merge_adapters(adapters, mix.weights, mix.method) if adapters else {}
             with self._buffer.merged(updates):
                 yield loaded - started, time.perf_counter() - loaded
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if self._holder == threading.get_ident():
+            raise UsageError(
+                "this thread has an answer half read, and the engine has one model to merge",
+                "read that stream to its end or close it first; or open a second engine",
+            )
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def _adapter(self, expert: str) -> Adapter:
         """Memory-mapped factors; the page cache keeps what is used."""
@@ -180,7 +211,8 @@ class Stream:
 
     def answer(self, text: str) -> Answer:
         """The finished answer; `text` is the pieces together."""
-        return Answer(text, self.mix, self._ids.shape[1], self._tokens, self._seconds)
+        engine, prompt_tokens = self._engine, self._ids.shape[1]
+        return Answer(text, self.mix, engine.base_variant, prompt_tokens, self._tokens, self._seconds)
 
     def _arrived(self) -> None:
         self._tokens += 1
@@ -200,11 +232,12 @@ def open_engine(
     """Open a bank with its base model and encoder, ready to answer.
 
     base, encoder: where they are, if not where the bank (or this machine's memory of it) says. config: how to route,
-    if not as the bank says; its β defaults to the bank's. base_variant: allow weights other than the bank's (a
-    quantised base, say). Raises BankError for a base of another architecture, other weights, or another encoder.
+    if not as the bank says; without a β it is the bank's, or found anew where `active` is not what the bank wanted.
+    base_variant: allow other weights than the bank was built for (every answer says so). Raises BankError for a base of
+    another architecture, other weights, or another encoder; ConfigError if β cannot be found.
     """
     opened = Bank.open(Path(bank))
-    manifest = opened.manifest
+    manifest, routing = opened.manifest, _routing(opened, config)
     mark = Fingerprint(manifest.base.architecture, manifest.base.weights)
     where = base if base is not None else recall(mark)
     where = where if where is not None else manifest.base.id
@@ -219,7 +252,8 @@ def open_engine(
         model,
         load_tokenizer(where, manifest.base.revision, trust_remote_code),
         sentence,
-        _routing(opened, config),
+        routing,
+        base_variant=found != mark,
     )
 
 
@@ -232,15 +266,18 @@ def _check_base(wanted: Fingerprint, found: Fingerprint, name: str, where: str, 
     if found.weights != wanted.weights and not variant:
         raise BankError(
             f"{where!r} has the architecture of {name!r}, but other weights than the bank was built for",
-            "give the base it was built for with --base; for a quantised or changed one on purpose: --base-variant",
+            "give the base it was built for with --base; for a changed one on purpose: --base-variant",
         )
 
 
 def _routing(bank: Bank, config: RouteConfig | None) -> RouteConfig:
-    as_built = route_config(bank, {})
-    if config is None:
-        return as_built
-    return config if config.beta is not None else replace(config, beta=as_built.beta)
+    if config is not None and config.beta is not None:
+        return config
+    changes = {} if config is None else as_dict(config)
+    changes.pop("beta", None)
+    if changes.get("active") == bank.manifest.router.wanted:
+        del changes["active"]
+    return route_config(bank, changes)
 
 
 def base_mix(bank: Bank) -> Mix:

@@ -16,13 +16,15 @@ from localmoe.config import RouteConfig
 from localmoe.encoders import Encoder, encoder_mark, load_encoder
 from localmoe.errors import BankError, ConfigError, PromptError
 from localmoe.models import recall, remember
-from localmoe.routing import Centroids, Mix, find_beta, route, similarities
+from localmoe.routing import WITHOUT_BETA, Centroids, Mix, find_beta, route, similarities
 
 Conversation = Sequence[dict[str, str]]
 """Turns of a chat: {"role": "user", "content": "..."}."""
 
 ENOUGH = 3
 """With fewer tune documents β is not looked for."""
+
+_BLOCK = 65_536  # embeddings that are in memory as fp32 at a time (96 MiB at d = 384)
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,14 @@ class PromptRouter:
 
     def nearest(self, prompt: str | Conversation, count: int = 5) -> list[Neighbour]:
         """The train documents whose embeddings are nearest to the prompt's, the nearest first."""
-        table = self.bank.documents()
-        rows = np.flatnonzero(np.array(table["split"].to_pylist()) == "train")
-        similarity = self.bank.embeddings()[rows].astype(np.float32) @ self.embed(prompt)[0]
-        order = np.argsort(-similarity, kind="stable")[:count]
-        picked = table.take(rows[order]).to_pylist()
+        vector, embeddings, table = self.embed(prompt)[0], self.bank.embeddings(), self.bank.documents()
+        blocks = [embeddings[start : start + _BLOCK] for start in range(0, len(embeddings), _BLOCK)]
+        similarity = np.concatenate([block.astype(np.float32) @ vector for block in blocks])
+        train = np.flatnonzero(table["split"].to_numpy() == "train")
+        rows = train[np.argsort(-similarity[train], kind="stable")[:count]]
         return [
-            Neighbour(row["id"], row["source"], row["expert"], float(similarity[place]))
-            for row, place in zip(picked, order, strict=True)
+            Neighbour(document["id"], document["source"], document["expert"], float(similarity[row]))
+            for row, document in zip(rows, table.take(rows).to_pylist(), strict=True)
         ]
 
 
@@ -101,7 +103,8 @@ def open_encoder(bank: Bank, encoder: str | None = None) -> Encoder:
 def route_config(bank: Bank, changes: Mapping[str, Any]) -> RouteConfig:
     """How to route in a bank: as its manifest says, but for `changes` (fields of RouteConfig).
 
-    With another `active` and no `beta`, β is found anew, on the embeddings of the bank's public tune documents.
+    With another `active` and no `beta`, β is found anew (for a router that reads it), on the embeddings of the bank's
+    public tune documents.
     Raises ConfigError for a field or value that RouteConfig refuses, or if β cannot be found.
     """
     record = bank.manifest.router
@@ -115,7 +118,7 @@ def route_config(bank: Bank, changes: Mapping[str, Any]) -> RouteConfig:
         name = ".".join(map(str, problem["loc"]))
         what = f"route.{name} = {problem['input']!r}: {problem['msg'].lower()}"
         raise ConfigError(what, "the options and their defaults: localmoe route --help") from error
-    if "active" in changes and "beta" not in changes:
+    if "active" in changes and "beta" not in changes and config.router not in WITHOUT_BETA:
         return replace(config, beta=_beta(bank, config))
     return config
 

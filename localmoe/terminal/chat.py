@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from localmoe.config import GenerateConfig
 from localmoe.errors import PromptError
-from localmoe.terminal.mixes import show_mix
+from localmoe.terminal.mixes import show_fallback, show_mix
 from localmoe.terminal.screen import remarks, show_error, write_text
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def _messages() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin)
         return
-    import readline  # noqa: F401 - makes input() editable
+    with suppress(ImportError):  # Windows has none, and edits by itself
+        import readline  # noqa: F401 - makes input() editable
 
     while True:
         try:
@@ -83,6 +85,7 @@ def _reply(engine: Engine, conversation: _Conversation, message: str, config: Ge
         show_error(PromptError(error.what, "/reset starts anew, or write a shorter message"))
         return
     conversation.mix = stream.mix
+    show_fallback(remarks(), stream.mix)
     said: list[str] = []
     try:
         for piece in stream:

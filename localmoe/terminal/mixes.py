@@ -41,6 +41,7 @@ def answer_data(bank: Bank, answer: Answer) -> dict[str, Any]:
     return {
         "text": answer.text,
         "mix": mix_data(bank, answer.mix),
+        "base_variant": answer.base_variant,
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "seconds": dataclasses.asdict(answer.seconds),
@@ -57,6 +58,11 @@ def show_mix(console: Console, bank: Bank, mix: Mix) -> None:
         for expert in data["experts"]:
             rows.add_row(expert["id"], plain(expert["label"]), f"{expert['weight']:.3f}", bar(expert["weight"]))
         console.print(rows)
+    show_fallback(console, mix)
+
+
+def show_fallback(console: Console, mix: Mix) -> None:
+    """Why a mix is not what was asked for, if it is a fall-back: it is never silent."""
     if mix.fallback is not None:
         console.print(plain(f"fall-back: {mix.fallback}", "yellow"))
 
@@ -80,4 +86,5 @@ def show_cost(console: Console, answer: Answer) -> None:
     spent = dataclasses.asdict(answer.seconds)
     times = ", ".join(f"{name.replace('_', ' ')} {duration_text(seconds)}" for name, seconds in spent.items())
     tokens = f"{answer.prompt_tokens:,} in the prompt, {answer.new_tokens:,} new"
-    console.print(facts([("tokens", tokens), ("time", times)]))
+    variant = [("base", "other weights than the bank was built for (--base-variant)")] if answer.base_variant else []
+    console.print(facts([*variant, ("tokens", tokens), ("time", times)]))

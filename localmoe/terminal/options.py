@@ -138,7 +138,7 @@ def model_options(function: F) -> F:
             click.option("--base", metavar="NAME|FOLDER", panel=panel, help="Where the base is, if it moved."),
             encoder_option(),
             click.option(
-                "--base-variant", is_flag=True, panel=panel, help="Allow other weights, e.g. a quantised base."
+                "--base-variant", is_flag=True, panel=panel, help="Allow a base with other weights than the bank's."
             ),
             click.option("--device-map", metavar="MAP", panel=panel, help="Spread the base over devices, e.g. auto."),
             click.option(

@@ -21,7 +21,6 @@ STAGES: dict[Stage, tuple[str, str]] = {
     "cluster": ("cluster", "clusters"),
     "trunk": ("train trunk", "tokens"),
     "experts": ("train experts", "tokens"),
-    "check": ("check", "experts"),
     "route": ("tune router", ""),
     "commit": ("commit", ""),
 }

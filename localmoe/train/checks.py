@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from localmoe.config import RouteConfig
 from localmoe.lora import Adapter, attached
 from localmoe.models import packed
 from localmoe.packing import Passage, token_nll
-from localmoe.routing import Centroids, find_beta, similarities
+from localmoe.routing import Centroids, find_beta, route, similarities
 
 ENOUGH = 3
 """An adapter that fewer tune documents are near to is `unchecked`."""
@@ -75,7 +75,7 @@ def nearest_rows(assignment: np.ndarray, similarity: np.ndarray, count: int, mos
 def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) -> tuple[RouterRecord, str]:
     """The router's settings for a bank, and a sentence if β could not be found as asked.
 
-    queries: [n, d] embedded prefixes of public tune documents.
+    queries: [n, d] embedded prefixes of public tune documents; `active` is the mean number of experts in their mixes.
     """
 
     def record(beta: float, active: float) -> RouterRecord:
@@ -86,12 +86,13 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     if len(queries) < ENOUGH:
         beta = UNTUNED_BETA if config.beta is None else config.beta
         return record(beta, 0.0), f"β = {beta} was not tuned: there are only {len(queries)} public tune documents"
-    scores = similarities(torch.from_numpy(queries), centroids)
-    search = find_beta(scores, config.active, config.tau, config.max_experts)
-    if config.beta is None:
-        return record(search.beta, search.active), ""
-    nearest = min(search.curve, key=lambda point: abs(point[0] - (config.beta or 0.0)))
-    return record(config.beta, nearest[1]), ""
+    prompts = torch.from_numpy(queries)
+    if config.beta is not None:
+        beta = config.beta
+    else:
+        beta = find_beta(similarities(prompts, centroids), config.active, config.tau, config.max_experts).beta
+    mixes = route(prompts, centroids, replace(config, beta=beta))
+    return record(beta, sum(len(mix.experts) for mix in mixes) / len(mixes)), ""
 
 
 def _mean(parts: Iterable[Nll]) -> float:

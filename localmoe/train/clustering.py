@@ -52,7 +52,7 @@ class Clustering:
     """K clusters of n points, numbered as the leaves of the tree stand from left to right."""
 
     assignment: np.ndarray
-    """[n] int32: the cluster of every point."""
+    """[n] int32: the cluster of every row, -1 for rows that were left out."""
     means: np.ndarray
     """[K, d] fp32: μ_k, the mean of the members."""
     centroids: np.ndarray
@@ -94,10 +94,12 @@ def bisect(
     clusters: int,
     tokens: np.ndarray | None = None,
     seed: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Clustering:
     """Bisecting k-means: 2-means of the cluster that `config.criterion` puts first, until there are `clusters`.
 
-    embeddings: [n, d] unit rows, fp32 or fp16, a memory map too; tokens: [n] of each document, none = no minimum.
+    embeddings: [n, d] unit rows, fp32 or fp16, a memory map too; tokens: [n] of each document, none = no minimum;
+    rows: [m] ascending, those to cluster, none = all.
     A start of 2-means has converged when Σ‖Δc‖² ≤ tolerance · (mean variance of the columns of `embeddings`).
     K falls below `clusters` when every cluster left is refused, or one point, perhaps many times.
     Held beside `embeddings`: 8192 rows in fp32, a few blocks of 2048 for every thread, and about
@@ -109,19 +111,22 @@ def bisect(
         raise ValueError(f"cannot make {clusters} clusters of {embeddings.dtype} {embeddings.shape}")
     if tokens is not None and tokens.shape != (n,):
         raise ValueError(f"{n} embeddings, but tokens of shape {tokens.shape}")
+    if rows is not None and (len(rows) == 0 or (np.diff(rows) <= 0).any()):
+        raise ValueError("the rows to cluster must ascend, and be at least one")
+    chosen = torch.arange(n) if rows is None else torch.from_numpy(rows.astype(np.int64))
     weights = None if tokens is None else torch.from_numpy(tokens.astype(np.int64))
     with _threads() as pool:
         data = _Data(_as_tensor(embeddings), pool)
-        found, refused = _grow(data, config, min(clusters, n), weights, seed)
+        found, refused = _grow(data, chosen, config, min(clusters, len(chosen)), weights, seed)
     return _described(data, found, refused)
 
 
 def _grow(
-    data: _Data, config: ClusterConfig, clusters: int, tokens: Tensor | None, seed: int
+    data: _Data, rows: Tensor, config: ClusterConfig, clusters: int, tokens: Tensor | None, seed: int
 ) -> tuple[list[_Cluster], int]:
     """The root and a pair of children for every split, and how many splits were refused."""
-    found = [_measure(data, torch.arange(len(data.values)), _checked_mean(data))]
-    tolerance = config.tolerance * found[0].inertia / data.values.numel()
+    found = [_measure(data, rows, _checked_mean(data, rows))]
+    tolerance = config.tolerance * found[0].inertia / (len(rows) * data.values.shape[1])
     queue = [(-_priority(found[0], config), 0)]
     refused = 0
     while queue and len(found) < 2 * clusters - 1:
@@ -281,8 +286,8 @@ def _measure(data: _Data, rows: Tensor, centre: Tensor) -> _Cluster:
     return _Cluster(rows, len(rows), near.double() + rest, inertia, radius)
 
 
-def _checked_mean(data: _Data) -> Tensor:
-    """The mean [d] in fp64; raises LocalMoEError unless all rows are of length one."""
+def _checked_mean(data: _Data, rows: Tensor) -> Tensor:
+    """The mean [d] of these rows in fp64; raises LocalMoEError unless all of them are of length one."""
 
     def add(place: slice, x: Tensor) -> Tensor:
         lengths = torch.linalg.vector_norm(x, dim=1)
@@ -290,15 +295,15 @@ def _checked_mean(data: _Data) -> Tensor:
         if len(wrong) > 0:
             row = int(wrong[0])
             raise LocalMoEError(
-                f"the embedding of document {place.start + row} has length {float(lengths[row]):.3g}, not 1",
+                f"the embedding of document {int(rows[place][row])} has length {float(lengths[row]):.3g}, not 1",
                 "use an encoder that returns finite, normalised embeddings, and build again",
             )
         return x.sum(0).double()
 
     total = torch.zeros(data.values.shape[1], dtype=torch.float64)
-    for more in _over(data, torch.arange(len(data.values)), add):
+    for more in _over(data, rows, add):
         total += more
-    return total / len(data.values)
+    return total / len(rows)
 
 
 @contextmanager
@@ -345,7 +350,7 @@ def _described(data: _Data, found: list[_Cluster], refused: int) -> Clustering:
     """Number the leaves from left to right: of two children, the one more like the leaf before comes first."""
     nodes = [Node(-1, -1, -1, cluster.points, cluster.inertia, cluster.radius) for cluster in found]
     leaves: list[_Cluster] = []
-    assignment = torch.empty(len(data.values), dtype=torch.int32)
+    assignment = torch.full((len(data.values),), -1, dtype=torch.int32)
     stack = [0]
     while stack:
         index = stack.pop()

@@ -55,8 +55,8 @@ def cluster(
     for names in sorted({access[row] for row in chosen}):
         rows = np.array([row for row in chosen if access[row] == names])
         share = tokens[rows].sum() / max(1, tokens[train].sum())
-        part = bisect(embeddings[rows], config, max(1, round(wanted * share)), tokens[rows], seed)
-        assignment[rows] = part.assignment + len(sets)
+        part = bisect(embeddings, config, max(1, round(wanted * share)), tokens, seed, rows)
+        assignment[rows] = part.assignment[rows] + len(sets)
         trees.append(
             {
                 "access": list(names),

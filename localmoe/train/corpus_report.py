@@ -33,7 +33,7 @@ MEANINGS: Mapping[Reason, str] = {
     "unreadable": "unreadable",
     "missing_package": "in need of a package (pip install 'localmoe[documents]')",
     "excluded": "left out by corpus.include and corpus.exclude",
-    "ignored": "ignored (hidden, installed packages, links to folders)",
+    "ignored": "ignored (hidden, installed packages, banks, links to folders)",
 }
 
 EXAMPLES = 20

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from localmoe.bank.generations import WORK
+from localmoe.bank.lock import LOCK, OWNER
 from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 from localmoe.train.corpus_report import ReportBuilder
@@ -32,8 +34,8 @@ def matches(file: str, pattern: str) -> bool:
 def walk(root: Path, config: CorpusConfig, report: ReportBuilder) -> Iterator[tuple[Path, str]]:
     """(path, path relative to `root`) of every file to read: a folder's files by name, then its folders.
 
-    Links to files are followed, links to folders are not, so that no loop of links is walked. What is left
-    out is counted. Raises CorpusError if `root` itself cannot be read.
+    Links to files are followed, links to folders are not, so that no loop of links is walked; banks, finished or
+    not, are no corpus. What is left out is counted. Raises CorpusError if `root` itself cannot be read.
     """
     folders = [""]
     while folders:
@@ -47,6 +49,9 @@ def walk(root: Path, config: CorpusConfig, report: ReportBuilder) -> Iterator[tu
                     f"cannot read the folder {root}: {error.strerror}", "check its permissions"
                 ) from error
             report.skip(printable(folder), "unreadable", str(error.strerror))
+            continue
+        if _is_bank({entry.name for entry in entries}):
+            report.skip(printable(folder), "ignored", "a bank")
             continue
         inner = []
         for entry in entries:
@@ -84,6 +89,10 @@ def printable(name: str) -> str:
 def _chosen(file: str, config: CorpusConfig) -> bool:
     included = not config.include or any(matches(file, pattern) for pattern in config.include)
     return included and not any(matches(file, pattern) for pattern in config.exclude)
+
+
+def _is_bank(names: Collection[str]) -> bool:
+    return LOCK in names and any(name in (OWNER, WORK) or name.startswith("manifest-") for name in names)
 
 
 def _matches_path(path: str, pattern: str) -> bool:

@@ -11,8 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,45 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from localmoe.bank.files import write_json, write_table, write_tensors
-from localmoe.bank.generations import commit
+from localmoe.bank.files import TEMPORARY
+from localmoe.bank.generations import WORK, commit
 from localmoe.bank.lock import build_lock
-from localmoe.bank.manifest import (
-    BaseRecord,
-    EncoderRecord,
-    ExpertRecord,
-    FileRecord,
-    Kind,
-    Manifest,
-    Outcome,
-    RouterRecord,
-    generations,
-)
+from localmoe.bank.manifest import SUFFIXES, BaseRecord, EncoderRecord, Manifest, Outcome, generations
 from localmoe.bank.store import Bank
 from localmoe.config import BuildConfig, as_dict
 from localmoe.encoders import Encoder, encoder_mark, load_encoder
-from localmoe.errors import ConfigError, TemporaryError, UsageError
-from localmoe.lora import weight_of
-from localmoe.models import context_length, fingerprint, remember, target_linears
-from localmoe.routing import Centroids
+from localmoe.errors import TemporaryError, UsageError
+from localmoe.models import fingerprint, remember
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
-from localmoe.train.checks import AT_MOST, choose_beta, nearest_rows
+from localmoe.train.checks import AT_MOST
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.documents import Document
-from localmoe.train.experts import AdapterResult, AdapterTask, Map
-from localmoe.train.labels import label_clusters
+from localmoe.train.experts import AdapterResult, Map
+from localmoe.train.groundwork import Groundwork, check_settings, checked_on, name_in_bank
 from localmoe.train.progress import Event, Stage, Watch, unwatched
+from localmoe.train.records import choose_router, expert_records, write_files
 from localmoe.train.rows import Rows, read_rows
+from localmoe.train.training import adapter_bytes, threads
 from localmoe.train.work import Work, collect
-
-PREFIX_TOKENS = 50
-"""β is chosen for the first tokens of the tune documents, as the evaluation will show them (specification)."""
-
-_LABEL_TEXTS = 64
-_LABEL_CHARACTERS = 4_000
 
 
 def build(
@@ -80,7 +63,7 @@ def build(
     path = Path(bank)
     _refuse_foreign_folder(path)
     started = time.time()
-    with build_lock(path), _threads(config.train.threads):
+    with build_lock(path), threads(config.train.threads):
         try:
             return _build(source, path, config, map, watch, started)
         finally:
@@ -89,7 +72,7 @@ def build(
 
 def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch: Watch, started: float) -> Bank:
     model, tokenizer = training.workplace(config.base, config.revision)
-    _check_passages(model, config)
+    check_settings(model, config)
     encoder = load_encoder(config.encoder)
     report = ReportBuilder()
     file, content, count = collect(path, _watched(read_corpus(source, config.corpus, report), watch))
@@ -100,6 +83,8 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     finished = _finished(path, key)
     if finished is not None:
         file.unlink()
+        with suppress(OSError):  # it holds what another build left unfinished
+            (path / WORK).rmdir()
         generation = finished.manifest.generation
         watch(Event("commit", 1, 1, f"nothing changed since generation {generation}: nothing to do"))
         return finished
@@ -112,21 +97,21 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     embeddings = _embed(work, encoder, rows, watch)
     clusters = _cluster(work, embeddings, rows, config, watch)
     _check_disk(path, model, config, len(clusters.access))
-    plan = _plan(path, work, config, rows, clusters, embeddings)
-    trunk = _train_trunk(plan, watch)
-    experts = _expert_records(plan, _train_experts(plan, trunk, map, watch))
-    base_id, encoder_id = _portable(config.base), _portable(config.encoder)
+    ground = Groundwork(path, work, config, rows, clusters, checked_on(rows, clusters, embeddings))
+    trunk = _train_trunk(ground, watch)
+    experts = expert_records(ground, _train_experts(ground, trunk, map, watch))
+    base_id, encoder_id = name_in_bank(config.base), name_in_bank(config.encoder)
     manifest = Manifest(
         format=1,
         generation=0,
         recipe=config.train.recipe,
         base=BaseRecord(base_id, config.revision, mark.architecture, mark.weights),
         encoder=EncoderRecord(encoder_id, None, encoder.fingerprint, encoder.dim, encoder.prompt, encoder.max_tokens),
-        router=_choose_router(plan, tokenizer, encoder, experts, watch),
+        router=choose_router(ground, tokenizer, encoder, experts, watch),
         trunk=trunk.adapter if trunk is not None else None,
         trunk_outcome=trunk.outcome if trunk is not None and trunk.adapter is not None else None,
         experts=experts,
-        files=_write_files(plan, embeddings, experts),
+        files=write_files(ground, embeddings, experts),
         config=as_dict(config) | {"base": base_id, "encoder": encoder_id},
         corpus=read.to_dict() | {"key": key} | rows.counts(),
         versions=versions,
@@ -212,90 +197,41 @@ def _cluster(work: Work, embeddings: np.ndarray, rows: Rows, config: BuildConfig
     return found
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What all trainings of a build share."""
-
-    path: Path
-    work: Work
-    config: BuildConfig
-    rows: Rows
-    clusters: Clusters
-    tune: list[tuple[int, ...]]
-    """For every cluster the tune documents that its expert is checked on."""
-
-    def task(self, name: str, seed: int, start: Any, train: list[int], tune: Iterable[int]) -> AdapterTask:
-        config = self.config.train
-        rate = config.learning_rate * (config.expert_rate if start is not None else 1.0)
-        return AdapterTask(
-            str(self.path),
-            self.work.key,
-            name,
-            self.config.base,
-            self.config.revision,
-            _portable(self.config.base),
-            config,
-            rate,
-            seed,
-            start,
-            tuple(train),
-            tuple(tune),
-        )
-
-    def tokens(self, rows: Iterable[int]) -> int:
-        return self.config.train.epochs * int(self.rows.tokens[list(rows)].sum())
-
-
-def _plan(path: Path, work: Work, config: BuildConfig, rows: Rows, clusters: Clusters, embeddings: np.ndarray) -> _Plan:
-    tune = rows.where("tune")
-    best, similarity = clustering.nearest(clusters, embeddings[tune], [rows.access[row] for row in tune])
-    known = best >= 0
-    near = nearest_rows(best[known], similarity[known], len(clusters.access))
-    reachable = [row for row, is_known in zip(tune, known, strict=True) if is_known]
-    return _Plan(path, work, config, rows, clusters, [tuple(sorted(reachable[place] for place in p)) for p in near])
-
-
-def _train_trunk(plan: _Plan, watch: Watch) -> AdapterResult | None:
+def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
     """One adapter over all public train documents, or None for recipe `paper` or without public documents."""
-    if plan.config.train.recipe == "paper":
+    if ground.config.train.recipe == "paper":
         return None
-    public = plan.rows.where("train", ())
+    public = ground.rows.where("train", ())
     if not public:
-        if plan.config.train.recipe == "trunk-shared":
-            raise ConfigError(
-                "recipe 'trunk-shared' needs public documents, and all of them have an access set",
-                "choose train.recipe=paper",
-            )
         watch(Event("trunk", 1, 1, "no trunk: no document is public; experts start from the base"))
         return None
-    tune = sorted(plan.rows.where("tune", ()), key=lambda row: plan.rows.ids[row])[:AT_MOST]
-    task = plan.task("trunk", plan.config.seed, None, public, sorted(tune))
-    total = plan.tokens(public)
+    tune = sorted(ground.rows.where("tune", ()), key=lambda row: ground.rows.ids[row])[:AT_MOST]
+    task = ground.task("trunk", ground.config.seed, None, public, sorted(tune))
+    total = ground.tokens(public)
     watch(Event("trunk", 0, total))
-    result = training.run(task, _counted("trunk", total, watch))
+    result = training.run(task, _TokenProgress("trunk", total, watch))
     note = _outcome_note("the trunk", result.outcome, "the base")
     watch(Event("trunk", total, total, note))
     return result
 
 
-def _train_experts(plan: _Plan, trunk: AdapterResult | None, map: Map, watch: Watch) -> list[AdapterResult]:
+def _train_experts(ground: Groundwork, trunk: AdapterResult | None, map: Map, watch: Watch) -> list[AdapterResult]:
     start = trunk.adapter if trunk is not None else None
-    ids = _expert_ids(len(plan.clusters.access))
     tasks = [
-        plan.task(f"experts/{name}", plan.config.seed + 1 + k, start, plan.clusters.rows(k), plan.tune[k])
-        for k, name in enumerate(ids)
+        ground.task(f"experts/{name}", ground.config.seed + 1 + k, start, ground.clusters.rows(k), ground.tune[k])
+        for k, name in enumerate(ground.expert_ids)
     ]
-    finished = sum(plan.work.has(training.result_file(task.name)) for task in tasks)
-    total = sum(plan.tokens(task.train_rows) for task in tasks)
+    finished = sum(ground.work.has(training.result_file(task.name)) for task in tasks)
+    total = sum(ground.tokens(task.train_rows) for task in tasks)
     if finished:
         watch(Event("experts", 0, total, f"going on: {finished} of {len(tasks)} experts are done"))
     run = training.run
     if map is builtins.map:
-        progress = _counted("experts", total, watch)
+        progress = _TokenProgress("experts", total, watch)
         run = partial(training.run, progress=progress)
     results, done = [], 0
     for task, result in zip(tasks, map(run, tasks), strict=True):
-        done += plan.tokens(task.train_rows)
+        done += ground.tokens(task.train_rows)
         watch(Event("experts", done, total, _outcome_note(task.name, result.outcome, "where it started")))
         results.append(result)
         if map is builtins.map:
@@ -303,7 +239,7 @@ def _train_experts(plan: _Plan, trunk: AdapterResult | None, map: Map, watch: Wa
     return results
 
 
-class _counted:  # noqa: N801 - used as a function
+class _TokenProgress:
     """Progress of training in tokens, as events."""
 
     def __init__(self, stage: Stage, total: int, watch: Watch) -> None:
@@ -316,128 +252,6 @@ class _counted:  # noqa: N801 - used as a function
     def reset(self, done: int) -> None:
         """What is finished for certain; a repeated or resumed training counted otherwise."""
         self._done = done
-
-
-def _expert_records(plan: _Plan, results: list[AdapterResult]) -> tuple[ExpertRecord, ...]:
-    labels = _labels(plan)
-    ids = _expert_ids(len(results))
-    records = []
-    for k, result in enumerate(results):
-        members = plan.clusters.rows(k)
-        tags = sorted({tag for row in members for tag in plan.rows.tags[row]})
-        records.append(
-            ExpertRecord(
-                ids[k],
-                labels[k],
-                k,
-                len(members),
-                int(plan.rows.tokens[members].sum()),
-                plan.clusters.access[k],
-                tuple(tags),
-                result.outcome,
-                result.adapter,
-            )
-        )
-    return tuple(records)
-
-
-def _labels(plan: _Plan) -> list[str]:
-    """c-TF-IDF labels, each access set's from its own documents."""
-    wanted = {row for k in range(len(plan.tune)) for row in plan.clusters.rows(k)[:_LABEL_TEXTS]}
-    texts: dict[int, str] = {}
-    first = 0
-    for batch in plan.work.documents():
-        for offset, document in enumerate(batch):
-            if first + offset in wanted:
-                texts[first + offset] = document.content[:_LABEL_CHARACTERS]
-        first += len(batch)
-    labels: list[str] = []
-    for names in dict.fromkeys(plan.clusters.access):
-        group = [k for k, access in enumerate(plan.clusters.access) if access == names]
-        labels += label_clusters([[texts[r] for r in plan.clusters.rows(k)[:_LABEL_TEXTS]] for k in group])
-    return labels
-
-
-def _choose_router(
-    plan: _Plan, tokenizer: Any, encoder: Encoder, experts: tuple[ExpertRecord, ...], watch: Watch
-) -> RouterRecord:
-    """β from the first tokens of public tune documents and public experts."""
-    usable = [e for e in experts if not e.access and e.outcome.status in ("good", "unchecked")]
-    chosen = Centroids(
-        tuple(e.id for e in usable),
-        torch.from_numpy(np.ascontiguousarray(plan.clusters.centroids[[e.row for e in usable]])),
-        "",
-    )
-    tune = set(plan.rows.where("tune", ()))
-    prefixes, first = [], 0
-    for batch in plan.work.documents():
-        for offset, document in enumerate(batch):
-            if first + offset in tune:
-                ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
-                prefixes.append(tokenizer.decode(ids, skip_special_tokens=True))
-        first += len(batch)
-    queries = encoder.encode(prefixes) if prefixes else np.zeros((0, encoder.dim), dtype=np.float32)
-    record, note = choose_beta(queries, chosen, plan.config.route)
-    watch(Event("route", 1, 1, note if note else f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt"))
-    return record
-
-
-def _write_files(plan: _Plan, embeddings: np.ndarray, experts: tuple[ExpertRecord, ...]) -> dict[Kind, FileRecord]:
-    """Everything but the adapters: centroids, clusters, and the documents that took part, in the order read."""
-    import pyarrow
-
-    rows, clusters = plan.rows, plan.clusters
-    kept = [row for row, split in enumerate(rows.split) if split != "unused"]
-    owner = [experts[k].id if k >= 0 else None for k in clusters.assignment[kept].tolist()]
-    names = pyarrow.list_(pyarrow.string())
-    table = pyarrow.table(
-        {
-            "id": [rows.ids[row] for row in kept],
-            "source": [rows.sources[row] for row in kept],
-            "split": [rows.split[row] for row in kept],
-            "expert": pyarrow.array(owner, pyarrow.string()),
-            "access": pyarrow.array([list(rows.access[row]) for row in kept], names),
-            "tags": pyarrow.array([list(rows.tags[row]) for row in kept], names),
-            "tokens": pyarrow.array(rows.tokens[kept].tolist(), pyarrow.int64()),
-        }
-    )
-    path = plan.path
-    files: dict[Kind, FileRecord] = {
-        "centroids": write_tensors(
-            path,
-            "centroids",
-            {"centroids": torch.from_numpy(clusters.centroids), "means": torch.from_numpy(clusters.means)},
-        ),
-        "clusters": write_json(path, "clusters", {"access_sets": clusters.trees}),
-        "documents": write_table(path, "documents", table),
-        "embeddings": write_tensors(
-            path, "embeddings", {"embeddings": torch.from_numpy(embeddings[kept].astype(np.float16))}
-        ),
-    }
-    if plan.config.keep_texts:
-        wanted = set(kept)
-        texts = [
-            {"id": document.id, "text": document.content}
-            for row, document in enumerate(d for batch in plan.work.documents() for d in batch)
-            if row in wanted
-        ]
-        schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.string())])
-        files["texts"] = write_table(path, "texts", pyarrow.Table.from_pylist(texts, schema))
-    return files
-
-
-def adapter_bytes(model: Any, rank: int) -> int:
-    """Bytes of one stored adapter: bf16 factors of every target linear."""
-    return sum(2 * rank * sum(weight_of(module).shape) for module in target_linears(model).values())
-
-
-def _check_passages(model: Any, config: BuildConfig) -> None:
-    limit = context_length(model)
-    if config.corpus.passage_tokens > limit:
-        raise ConfigError(
-            f"passages of {config.corpus.passage_tokens:,} tokens do not fit the base model's context of {limit:,}",
-            f"set corpus.passage_tokens={limit} or less",
-        )
 
 
 def _check_disk(path: Path, model: Any, config: BuildConfig, clusters: int) -> None:
@@ -460,11 +274,6 @@ def _outcome_note(name: str, outcome: Outcome, reference: str) -> str:
         return f"{name}: {outcome.status} ({outcome.reason})"
     change = outcome.nll - outcome.reference_nll
     return f"{name}: {outcome.status}, {change:+.3f} nats a token against {reference} on {outcome.documents} documents"
-
-
-def _expert_ids(count: int) -> list[str]:
-    width = max(2, len(str(count - 1)))
-    return [f"e{k:0{width}d}" for k in range(count)]
 
 
 def _watched(documents: Iterable[Document], watch: Watch) -> Iterator[Document]:
@@ -498,30 +307,12 @@ def _finished(path: Path, key: str) -> Bank | None:
 def _refuse_foreign_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file", "give a folder for the bank")
-    ours = ("manifest-", "work", "build.", "experts", "trunk-", ".tmp-")
-    if path.is_dir() and any(path.iterdir()) and not generations(path):
+    ours = ("manifest-", WORK, "build.", "experts", "trunk-", TEMPORARY, *(f"{kind}-" for kind in SUFFIXES))
+    if path.is_dir() and not generations(path):
         foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(ours)]
-        known = ("centroids-", "documents-", "embeddings-", "texts-", "clusters-")
-        foreign = [name for name in foreign if not name.startswith(known)]
         if foreign:
             raise UsageError(f"{path} holds other things, such as {foreign[0]!r}", "give a new folder for the bank")
 
 
-def _portable(name: str) -> str:
-    """A hub id as it is; of a folder its name alone, since a bank holds no paths."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

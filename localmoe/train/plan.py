@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from localmoe.config import BuildConfig
 from localmoe.encoders import Encoder, load_encoder
@@ -22,10 +21,10 @@ from localmoe.train.clustering import advised_clusters
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
-from localmoe.train.pipeline import adapter_bytes
+from localmoe.train.groundwork import check_settings
 from localmoe.train.progress import Event, Watch, unwatched
 from localmoe.train.rows import Rows, read_rows
-from localmoe.train.training import fresh_adapter, train
+from localmoe.train.training import adapter_bytes, fresh_adapter, threads, train
 from localmoe.train.work import Work, collect
 
 EMBEDDED = 1_000
@@ -93,6 +92,7 @@ def plan(source: str | Path, config: BuildConfig = BuildConfig(), probe: bool = 
 
 def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, watch: Watch) -> Plan:
     model, tokenizer = training.workplace(config.base, config.revision)
+    check_settings(model, config)
     encoder = load_encoder(config.encoder)
     report = ReportBuilder()
     file, _, count = collect(folder, read_corpus(source, config.corpus, report))
@@ -133,9 +133,7 @@ def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 def _embed(work: Work, encoder: Encoder, chosen: np.ndarray, watch: Watch) -> tuple[np.ndarray, float]:
     """φ of the chosen documents [m, d], and documents a second without the first batch, which warms up."""
-    wanted = set(chosen.tolist())
-    documents = (document for batch in work.documents() for document in batch)
-    queries = [document.query for row, document in enumerate(documents) if row in wanted]
+    queries = [document.query for _, document in work.chosen(chosen.tolist())]
     parts, started = [encoder.encode(queries[:_BATCH])], time.perf_counter()
     if len(queries) <= _BATCH:
         parts = [encoder.encode(queries)]  # too few to leave any out: now it is warm
@@ -167,19 +165,15 @@ def _sizes(found: Clusters, chosen: np.ndarray, rows: Rows) -> tuple[int, ...]:
 def _times(
     model: Any, work: Work, rows: Rows, found: Clusters, config: BuildConfig, documents_per_second: float, watch: Watch
 ) -> Times:
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.train.threads if config.train.threads is not None else before)
-    try:
+    with threads(config.train.threads):
         speed, check_speed = _probe(model, work, rows, config, watch)
-    finally:
-        torch.set_num_threads(before)
     train_tokens = config.train.epochs * int(rows.tokens[rows.train].sum())
     public = config.train.epochs * int(rows.tokens[rows.where("train", ())].sum())
     tune = rows.where("tune")
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
     return Times(
-        embed=(len(rows.ids) + len(tune)) / documents_per_second,
+        embed=(len(rows.ids) - len(rows.where("unused")) + len(tune)) / documents_per_second,
         trunk=0.0 if config.train.recipe == "paper" else public / speed,
         experts=train_tokens / speed,
         checks=2 * checked * length / check_speed,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from localmoe.config import BuildConfig
-from localmoe.errors import CorpusError
+from localmoe.errors import ConfigError, CorpusError
 from localmoe.packing import Passage
 from localmoe.train.documents import split_of
 from localmoe.train.passages import tokenize
@@ -58,7 +58,7 @@ class Rows:
 def read_rows(work: Work, tokenizer: Any, config: BuildConfig, progress: Callable[[int], None]) -> Rows:
     """Tokenize all documents into the work folder (unless that was done) and say what they are.
 
-    Raises CorpusError if no document is left to train on.
+    Raises CorpusError if no document is left to train on, ConfigError for recipe `trunk-shared` if none is public.
     """
     if not (work.has("passages.parquet") and work.has("tokens.json")):
         counts: list[tuple[int, int]] = []
@@ -82,7 +82,13 @@ def read_rows(work: Work, tokenizer: Any, config: BuildConfig, progress: Callabl
             f"none of the {len(ids)} documents is left to train on",
             "lower corpus.tune_fraction and corpus.test_fraction, raise corpus.sample_tokens, or add documents",
         )
-    return Rows(ids, sources, access, tags, split, counted[:, 0], counted[:, 1])
+    rows = Rows(ids, sources, access, tags, split, counted[:, 0], counted[:, 1])
+    if config.train.recipe == "trunk-shared" and not rows.where("train", ()):
+        raise ConfigError(
+            "recipe 'trunk-shared' needs public documents, and all of them have an access set",
+            "choose train.recipe=paper",
+        )
+    return rows
 
 
 def _splits(ids: list[str], tokens: np.ndarray, config: BuildConfig) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,22 @@ def fresh_adapter(model: Any, config: TrainConfig, seed: int) -> Adapter:
         c = torch.full((config.rank,), config.alpha / config.rank)
         adapter[name] = LowRank(A, torch.zeros(d_out, config.rank), c)
     return adapter
+
+
+def adapter_bytes(model: Any, rank: int) -> int:
+    """Bytes of one stored adapter: bf16 factors of every target linear."""
+    return sum(2 * rank * sum(weight_of(module).shape) for module in target_linears(model).values())
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads, for as long as the context lasts; none = as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count if count is not None else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train(

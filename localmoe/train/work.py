@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from localmoe.bank.files import write_rows
 from localmoe.packing import Passage
 from localmoe.train.documents import Document, Message
-
-_ROWS = 1024  # documents in one row group, the unit in which the folder is read and embedded,
-_CHARACTERS = 16 * 2**20  # ... or fewer, if they are long
 
 
 class Work:
@@ -61,21 +59,18 @@ class Work:
         for batch in _batches(self.path / "documents.parquet"):
             yield [_document(row) for row in batch.to_pylist()]
 
+    def chosen(self, rows: Iterable[int]) -> Iterator[tuple[int, Document]]:
+        """These documents with their rows, ascending; one batch is in memory at a time."""
+        for row, values in _taken(self.path / "documents.parquet", rows):
+            yield row, _document(values)
+
     def write_passages(self, rows: Iterable[tuple[Passage, ...]]) -> None:
         """The passages of every document, in the order of their rows."""
         self._whole("passages.parquet", lambda target: write_rows(target, map(_passage_row, rows), _passage_schema()))
 
     def passages(self, rows: Sequence[int]) -> list[tuple[Passage, ...]]:
         """The passages of these documents (ascending rows); only they are held in memory."""
-        import pyarrow
-
-        wanted, first = set(rows), 0
-        found: list[tuple[Passage, ...]] = []
-        for batch in _batches(self.path / "passages.parquet"):
-            here = [row - first for row in range(first, first + len(batch)) if row in wanted]
-            found += [_passages(row) for row in batch.take(pyarrow.array(here, pyarrow.int64())).to_pylist()]
-            first += len(batch)
-        return found
+        return [_passages(values) for _, values in _taken(self.path / "passages.parquet", rows)]
 
     def adopt(self, name: str, file: Path) -> None:
         """Take a finished file in under `name`."""
@@ -92,6 +87,8 @@ class Work:
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -126,30 +123,28 @@ def collect(bank: Path, documents: Iterable[Document]) -> tuple[Path, str, int]:
     return file, digest.hexdigest(), count
 
 
-def write_rows(file: Path, rows: Iterable[dict[str, Any]], schema: Any) -> None:
-    """A Parquet file from rows, a row group at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-        held: list[dict[str, Any]] = []
-        size = 0
-        for row in rows:
-            held.append(row)
-            size += sum(len(value) for value in row.values() if isinstance(value, str))
-            if len(held) == _ROWS or size > _CHARACTERS:
-                writer.write_table(pyarrow.Table.from_pylist(held, schema))
-                held, size = [], 0
-        if held:
-            writer.write_table(pyarrow.Table.from_pylist(held, schema))
-
-
 def _batches(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as reader:
         for group in range(reader.num_row_groups):
             yield reader.read_row_group(group)
+
+
+def _taken(file: Path, rows: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """These rows of a file with their numbers, ascending; row groups without one are not read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    wanted, first = set(rows), 0
+    with pyarrow.parquet.ParquetFile(file) as reader:
+        for group in range(reader.num_row_groups):
+            size = reader.metadata.row_group(group).num_rows
+            here = [row for row in range(first, first + size) if row in wanted]
+            if here:
+                places = pyarrow.array([row - first for row in here], pyarrow.int64())
+                yield from zip(here, reader.read_row_group(group).take(places).to_pylist(), strict=True)
+            first += size
 
 
 def _document_schema() -> Any:

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from tiny_bank import IDS, random_adapter, write_bank
 
+from localmoe.bank import files
 from localmoe.bank.adapters import write_adapter
 from localmoe.bank.files import write_tensors
 from localmoe.bank.generations import commit
@@ -56,6 +58,25 @@ def test_texts_come_in_the_order_asked_for(bank_path: Path) -> None:
     assert bank.texts([]) == []
     with pytest.raises(UnknownNameError, match="document-9"):
         bank.texts(["document-0", "document-9"])
+
+
+def test_of_a_large_file_of_texts_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_ROWS", 2)
+    manifest = write_bank(tmp_path)
+    written = [(f"id-{n}", f"text {n}") for n in range(7)]
+    record = files.write_texts(tmp_path, iter(written))
+    commit(tmp_path, replace(manifest, files=manifest.files | {"texts": record}))
+    bank, groups = Bank.open(tmp_path), []
+    read = pyarrow.parquet.ParquetFile.read_row_group
+
+    def watched(self, group: int, columns: list[str]):
+        groups.extend([group] if columns == ["text"] else [])
+        return read(self, group, columns)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", watched)
+    assert bank.texts(["id-6", "id-2", "id-3"]) == ["text 6", "text 2", "text 3"]
+    assert groups == [1, 3]
+    assert list(bank.all_texts()) == written
 
 
 def test_a_bank_without_texts_says_so(make_bank: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import localmoe
-from localmoe.errors import CorpusError
+from localmoe.errors import CorpusError, UsageError
 from localmoe.evaluate.protocol import Trial, held_out, score_alone, score_merged
 from localmoe.packing import Passage
 from localmoe.runtime.engine import Engine, base_mix
@@ -55,6 +55,13 @@ def test_the_base_scores_as_the_models_own_logits_say(engine: Engine) -> None:
             logits = engine.model(ids[None]).logits[0].double().log_softmax(-1)
         expected = -sum(float(logits[place - 1, ids[place]]) for place in range(5, len(ids)))
         assert total == pytest.approx(expected, rel=1e-2)
+
+
+def test_scoring_waits_for_the_model_as_every_answer_does(engine: Engine) -> None:
+    trials = held_out(engine, prefix_tokens=5, most_tokens=40)
+    with engine.merged(engine.route("boat")), pytest.raises(UsageError, match="half read"):
+        score_alone(engine, trials, None, nothing)
+    assert score_alone(engine, trials, None, nothing)
 
 
 def test_an_expert_merged_alone_scores_as_that_adapter_beside_the_base(engine: Engine) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import localmoe
 from localmoe.bank.store import Bank
 from localmoe.config import GenerateConfig, RouteConfig
-from localmoe.errors import BankError, PromptError
+from localmoe.errors import BankError, PromptError, UsageError
 from localmoe.models import load_model
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
@@ -147,6 +147,10 @@ def test_how_to_route_comes_from_the_bank_unless_it_is_given(
     assert (engine.config.router, engine.config.beta, engine.config.tau) == (record.name, record.beta, record.tau)
     given = open_engine(tiny_bank, str(tiny_base), str(tiny_encoder), RouteConfig(router="nearest"))
     assert [len(given.route(prompt).experts) for prompt in PROMPTS] == [1] * 4
+    same = open_engine(tiny_bank, str(tiny_base), str(tiny_encoder), RouteConfig(active=record.wanted, tau=record.tau))
+    assert same.config == engine.config
+    more = open_engine(tiny_bank, str(tiny_base), str(tiny_encoder), RouteConfig(active=4.0))
+    assert more.config.beta is not None and more.config.beta > record.beta
 
 
 # the base weights
@@ -164,6 +168,22 @@ def test_the_base_weights_are_the_same_after_exceptions_and_closed_streams(engin
     engine.score(PROMPTS[0], " sail")
     assert tiny.checksum(engine.model) == before
     assert "".join(engine.start(PROMPTS[1], SHORT, base_mix(engine.bank))) == _greedy(engine.model, engine, PROMPTS[1])
+
+
+def test_a_thread_with_an_answer_half_read_gets_an_error_instead_of_waiting_for_itself(engine: Engine) -> None:
+    half_read = engine.stream(PROMPTS[0], SHORT)
+    begun = next(half_read)
+    with pytest.raises(UsageError, match="half read"):
+        engine.generate(PROMPTS[1], SHORT)
+    with pytest.raises(UsageError, match="half read"):
+        engine.score(PROMPTS[1], " sail")
+    answers: list[str] = []
+    other = threading.Thread(target=lambda: answers.append(engine.generate(PROMPTS[1], SHORT).text))
+    other.start()
+    whole = begun + "".join(half_read)
+    other.join()
+    assert whole == engine.generate(PROMPTS[0], SHORT).text
+    assert answers == [engine.generate(PROMPTS[1], SHORT).text]
 
 
 def test_prompts_of_two_threads_get_the_answers_that_they_get_alone(engine: Engine) -> None:

@@ -72,10 +72,17 @@ def test_beta_is_the_one_that_gives_the_wanted_mean_of_active_experts() -> None:
     assert 1.5 < record.active <= 2.0 == record.wanted
 
 
-def test_a_beta_that_was_given_is_kept_and_its_active_experts_are_counted() -> None:
-    record, note = choose_beta(_queries(20), CENTROIDS, RouteConfig(beta=0.0001))
-    assert (record.beta, note) == (0.0001, "")
-    assert record.active == pytest.approx(1.0, abs=0.1)
+@pytest.mark.parametrize("beta", [0.0001, 0.3, 0.55])
+def test_a_beta_that_was_given_is_kept_and_its_active_experts_are_counted(beta: float) -> None:
+    record, note = choose_beta(_queries(200), CENTROIDS, RouteConfig(beta=beta))
+    assert (record.beta, note) == (beta, "")
+    p = torch.softmax(torch.from_numpy(_queries(200)).double() / beta, dim=1)  # the centroids are the axes
+    assert record.active == pytest.approx((p > 0.01).sum(dim=1).double().mean().item())
+
+
+def test_the_active_experts_are_those_of_the_router() -> None:
+    assert choose_beta(_queries(20), CENTROIDS, RouteConfig(router="nearest"))[0].active == 1
+    assert choose_beta(_queries(20), CENTROIDS, RouteConfig(router="uniform", active=2.5))[0].active == 2
 
 
 def test_without_tune_documents_or_experts_it_says_that_beta_was_not_tuned() -> None:

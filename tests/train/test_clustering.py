@@ -186,6 +186,21 @@ def test_a_read_only_memory_map_in_half_precision_gives_the_clusters_of_single_p
     np.testing.assert_allclose(half.means[half.assignment[0]], single.means[single.assignment[0]], atol=1e-4)
 
 
+def test_some_rows_of_an_array_give_the_clusters_that_they_give_alone() -> None:
+    rows = np.sort(np.random.default_rng(1).choice(12_000, 10_000, replace=False))
+    others = np.setdiff1d(np.arange(12_000), rows)
+    points, tokens = noise(12_000, 8), np.arange(12_000) % 100
+    points[others] = np.nan
+    config = ClusterConfig(min_tokens=10_000)
+    part, alone = bisect(points, config, 12, tokens, 3, rows), bisect(points[rows], config, 12, tokens[rows], 3)
+    assert (part.assignment[others] == -1).all()
+    np.testing.assert_array_equal(part.assignment[rows], alone.assignment)
+    np.testing.assert_array_equal(part.centroids, alone.centroids)
+    assert (part.tree, part.curve, part.refused) == (alone.tree, alone.curve, alone.refused)
+    with pytest.raises(LocalMoEError, match=f"document {others[0]} has length nan"):
+        bisect(points, config, 2, rows=np.arange(12_000))
+
+
 def test_the_number_of_threads_changes_no_bit_and_is_put_back() -> None:
     rows = noise(12_000, 8)
     before = torch.get_num_threads()

@@ -55,6 +55,17 @@ def test_patterns_name_files_or_folders_that_they_are_in(pattern, file, expected
     assert matches(file, pattern) is expected
 
 
+def test_banks_are_no_corpus_and_a_folder_that_only_looks_like_one_is(tmp_path):
+    fill(tmp_path, "a.txt", "done/build.lock", "done/manifest-000001.json", "done/texts-0123456789ab.parquet")
+    fill(tmp_path, "begun/build.lock", "begun/work/key/documents.parquet", "mine/build.lock", "mine/work.txt")
+    report = ReportBuilder()
+    assert walked(tmp_path, report) == ["a.txt", "mine/build.lock", "mine/work.txt"]
+    assert [(skip.source, skip.reason) for skip in report.finish().examples] == [
+        ("begun/", "ignored"),
+        ("done/", "ignored"),
+    ]
+
+
 def test_the_walk_is_sorted_files_before_folders(tmp_path):
     fill(tmp_path, "b.txt", "a/z.txt", "a/b/c.txt", "c/a.txt", "a.txt", "B.txt")
     assert walked(tmp_path) == ["B.txt", "a.txt", "b.txt", "a/z.txt", "a/b/c.txt", "c/a.txt"]

@@ -15,10 +15,11 @@ import torch
 import localmoe
 from localmoe.bank.store import Bank, verify
 from localmoe.config import BuildConfig, ClusterConfig
-from localmoe.errors import BankError, ConfigError, CorpusError, TemporaryError, UsageError
+from localmoe.errors import BankError, ConfigError, CorpusError, TemporaryError, UnknownNameError, UsageError
 from localmoe.lora import attached
 from localmoe.models import load_model
 from localmoe.train import experts, pipeline
+from localmoe.train.plan import plan
 from localmoe.train.progress import Event
 from localmoe.train.training import DivergedError, train
 
@@ -164,6 +165,7 @@ def test_the_same_build_again_does_nothing_and_says_so(
     after = {file: file.stat().st_mtime_ns for file in (tmp_path / "bank").rglob("*") if file.is_file()}
     after.pop(tmp_path / "bank" / "build.lock"), files.pop(tmp_path / "bank" / "build.lock")
     assert after == files
+    assert not (tmp_path / "bank" / "work").exists()
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
@@ -364,9 +366,12 @@ def test_without_public_documents_there_is_no_trunk_and_it_says_so(config: Make,
     assert bank.trunk() is None
     assert "no document is public" in _notes(events, "trunk")
     assert all(expert.access and expert.adapter is not None for expert in bank.manifest.experts)
+    shared = dataclasses.replace(settings, train=dataclasses.replace(settings.train, recipe="trunk-shared"))
     with pytest.raises(ConfigError, match="needs public documents"):
-        shared = dataclasses.replace(settings, train=dataclasses.replace(settings.train, recipe="trunk-shared"))
         localmoe.build(corpus, tmp_path / "other", shared)
+    assert not list((tmp_path / "other").rglob("embeddings*"))  # it is said before anything is spent
+    with pytest.raises(ConfigError, match="needs public documents"):
+        plan(corpus, shared, probe=False)
 
 
 # small and odd corpora
@@ -407,12 +412,23 @@ def test_clusters_that_would_be_too_small_are_refused_and_it_says_so(
 def test_a_row_group_that_ends_with_the_last_document_is_no_obstacle(
     config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from localmoe.train import work
+    from localmoe.bank import files
 
-    monkeypatch.setattr(work, "_ROWS", 3)
+    monkeypatch.setattr(files, "_ROWS", 3)
     corpus = _folder(tmp_path / "corpus", [tiny.sentence("sea", n) for n in range(6)])
     bank = localmoe.build(corpus, tmp_path / "bank", config(cluster={"clusters": 1}))
     assert len(bank.embeddings()) == 6
+    assert sorted(bank.texts(bank.documents()["id"].to_pylist())) == sorted(tiny.sentence("sea", n) for n in range(6))
+
+
+def test_a_bank_inside_its_own_corpus_is_not_read(config: Make, tmp_path: Path) -> None:
+    corpus = _folder(tmp_path / "corpus", [tiny.sentence("sea", n) for n in range(6)])
+    first = localmoe.build(corpus, corpus / "bank", config(cluster={"clusters": 1}))
+    events: list[Event] = []
+    second = localmoe.build(corpus, corpus / "bank", config(cluster={"clusters": 1}), watch=events.append)
+    assert len(first.documents()) == 6
+    assert second.manifest == first.manifest
+    assert "nothing to do" in events[-1].note
 
 
 def test_chat_records_are_trained_on_answers_only(config: Make, tmp_path: Path) -> None:
@@ -448,6 +464,14 @@ def test_passages_longer_than_the_context_are_refused(config: Make, tiny_corpus:
     with pytest.raises(ConfigError, match="context of 128") as caught:
         localmoe.build(tiny_corpus, tmp_path / "bank", config(corpus={"passage_tokens": 129}))
     assert "corpus.passage_tokens=128" in caught.value.remedy
+    with pytest.raises(ConfigError, match="context of 128"):
+        plan(tiny_corpus, config(corpus={"passage_tokens": 129}), probe=False)
+
+
+def test_an_unknown_router_is_refused_before_anything_is_spent(config: Make, tiny_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'nearest'"):
+        localmoe.build(tiny_corpus, tmp_path / "bank", config(route={"router": "nearst"}))
+    assert not (tmp_path / "bank" / "work").exists()
 
 
 def test_an_empty_corpus_is_refused_and_leaves_no_documents(config: Make, tmp_path: Path) -> None:
@@ -494,7 +518,9 @@ def test_a_bank_opens_with_its_own_base_and_encoder_alone(
     with pytest.raises(BankError, match="other weights") as caught:
         localmoe.open(tiny_bank, str(tmp_path / "other"), str(tiny_encoder))
     assert "--base-variant" in caught.value.remedy
-    localmoe.open(tiny_bank, str(tmp_path / "other"), str(tiny_encoder), base_variant=True)
+    variant = localmoe.open(tiny_bank, str(tmp_path / "other"), str(tiny_encoder), base_variant=True)
+    own = localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder), base_variant=True)
+    assert variant.generate("boat").base_variant and not own.generate("boat").base_variant
     shutil.copytree(tiny_encoder, tmp_path / "encoder")
     settings_file = tmp_path / "encoder" / "sentence_bert_config.json"
     settings = json.loads(settings_file.read_text())

@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
+from localmoe.bank import files
 from localmoe.packing import Passage
-from localmoe.train import work as module
 from localmoe.train.documents import Document, Message
 from localmoe.train.work import Work, collect
 
@@ -31,15 +31,25 @@ def _collected(bank: Path, documents: list[Document]) -> Work:
 def test_documents_come_back_as_they_were_in_batches_that_are_never_empty(
     rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ROWS", rows)
+    monkeypatch.setattr(files, "_ROWS", rows)
     batches = list(_collected(tmp_path, DOCUMENTS).documents())
     assert [document for batch in batches for document in batch] == DOCUMENTS
     assert all(0 < len(batch) <= rows for batch in batches)
 
 
 def test_long_documents_are_read_in_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHARACTERS", 20)
+    monkeypatch.setattr(files, "_CHARACTERS", 20)
     assert len(list(_collected(tmp_path, DOCUMENTS).documents())) > 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 1024])
+def test_the_documents_asked_for_come_with_their_rows(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ROWS", rows)
+    work = _collected(tmp_path, DOCUMENTS)
+    assert list(work.chosen([2, 0])) == [(0, DOCUMENTS[0]), (2, DOCUMENTS[2])]
+    assert list(work.chosen([])) == []
 
 
 def test_the_digest_knows_content_order_access_and_tags(tmp_path: Path) -> None:
@@ -67,7 +77,7 @@ def test_a_reader_that_fails_leaves_no_file(tmp_path: Path) -> None:
 def test_the_passages_asked_for_come_back_in_the_order_of_their_rows(
     rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ROWS", rows)
+    monkeypatch.setattr(files, "_ROWS", rows)
     written: list[tuple[Passage, ...]] = [tuple(tiny.passages(*range(2, 2 + n), seed=n)) for n in (1, 0, 3, 2, 1)]
     work = Work(tmp_path, "key")
     work.write_passages(written)

@@ -1,0 +1,91 @@
+"""Groundwork: the corpus split, embedded and clustered; what all trainings of a build share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localmoe.bank.manifest import AdapterRecord
+from localmoe.config import BuildConfig
+from localmoe.errors import ConfigError, UnknownNameError
+from localmoe.models import context_length
+from localmoe.routing import routers
+from localmoe.train.checks import nearest_rows
+from localmoe.train.clusters import Clusters, nearest
+from localmoe.train.experts import AdapterTask
+from localmoe.train.rows import Rows
+from localmoe.train.work import Work
+
+
+@dataclass(frozen=True)
+class Groundwork:
+    """What lies ready before the first training."""
+
+    path: Path
+    work: Work
+    config: BuildConfig
+    rows: Rows
+    clusters: Clusters
+    tune: tuple[tuple[int, ...], ...]
+    """For every cluster the tune documents that its expert is checked on."""
+
+    @property
+    def expert_ids(self) -> tuple[str, ...]:
+        """`"e00"`, `"e01"`, … of the clusters' experts."""
+        count = len(self.clusters.access)
+        width = max(2, len(str(count - 1)))
+        return tuple(f"e{k:0{width}d}" for k in range(count))
+
+    def task(
+        self, name: str, seed: int, start: AdapterRecord | None, train: Sequence[int], tune: Sequence[int]
+    ) -> AdapterTask:
+        """The task to train the adapter `name` on the train documents, and to check it on the tune documents."""
+        config = self.config.train
+        return AdapterTask(
+            bank=str(self.path),
+            key=self.work.key,
+            name=name,
+            base=self.config.base,
+            revision=self.config.revision,
+            base_id=name_in_bank(self.config.base),
+            config=config,
+            learning_rate=config.learning_rate * (config.expert_rate if start is not None else 1.0),
+            seed=seed,
+            start=start,
+            train_rows=tuple(train),
+            tune_rows=tuple(tune),
+        )
+
+    def tokens(self, rows: Iterable[int]) -> int:
+        """Tokens that a training on these documents sees."""
+        return self.config.train.epochs * int(self.rows.tokens[list(rows)].sum())
+
+
+def check_settings(model: Any, config: BuildConfig) -> None:
+    """Raises ConfigError for passages that do not fit the base's context, UnknownNameError for an unknown router."""
+    limit = context_length(model)
+    if config.corpus.passage_tokens > limit:
+        raise ConfigError(
+            f"passages of {config.corpus.passage_tokens:,} tokens do not fit the base model's context of {limit:,}",
+            f"set corpus.passage_tokens={limit} or less",
+        )
+    if config.route.router not in routers:
+        raise UnknownNameError("router", config.route.router, routers)
+
+
+def checked_on(rows: Rows, clusters: Clusters, embeddings: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """For every cluster the tune documents of its access set that are nearest to it of all, at most AT_MOST."""
+    tune = np.array(rows.where("tune"), dtype=np.int64)
+    best, similarity = nearest(clusters, embeddings[tune], [rows.access[row] for row in tune])
+    known = best >= 0
+    near = nearest_rows(best[known], similarity[known], len(clusters.access))
+    return tuple(tuple(sorted(tune[known][places].tolist())) for places in near)
+
+
+def name_in_bank(name: str) -> str:
+    """A hub id as it is; of a folder its name alone, since a bank holds no paths."""
+    return Path(name).resolve().name if Path(name).is_dir() else name

@@ -1,0 +1,33 @@
+"""Prompt routing: neighbours whatever the size of a block, and β where a router needs one."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from localmoe.bank.store import Bank
+from localmoe.errors import ConfigError
+from localmoe.runtime import router as module
+from localmoe.runtime.router import open_router, route_config
+
+
+def test_the_nearest_documents_do_not_depend_on_how_many_are_read_at_once(
+    tiny_bank: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = open_router(tiny_bank, str(tiny_encoder))
+    whole = router.nearest(tiny.sentence("sky", 70), 50)
+    monkeypatch.setattr(module, "_BLOCK", 7)
+    parts = router.nearest(tiny.sentence("sky", 70), 50)
+    assert [near.id for near in parts] == [near.id for near in whole]
+    assert [near.similarity for near in parts] == pytest.approx([near.similarity for near in whole], abs=1e-6)
+
+
+def test_only_a_router_that_reads_beta_needs_tune_documents_for_another_number_of_experts(
+    tiny_bank: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = Bank.open(tiny_bank)
+    monkeypatch.setattr(module, "ENOUGH", 1000)
+    with pytest.raises(ConfigError, match="found on tune documents"):
+        route_config(bank, {"active": 4})
+    assert route_config(bank, {"active": 4, "router": "uniform"}).active == 4
+    assert route_config(bank, {"active": 4, "beta": 0.1}).beta == 0.1
