@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,11 +209,19 @@ def locate(name: str) -> str:
 
 
 def remember(name: str, mark: Fingerprint) -> None:
-    """Note on this machine where a base was found, so that a bank (which holds no paths) finds it again."""
-    folder = home() / "bases"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Note on this machine where a base was found, so that a bank (which holds no paths) finds it again.
+
+    Warns where the note cannot be written: everything goes on without it.
+    """
     where = str(Path(name).resolve()) if Path(name).is_dir() else name
-    (folder / _key(mark)).write_text(where, encoding="utf-8")
+    note = home() / "bases" / _key(mark)
+    partial = note.with_name(f".{note.name}.{os.getpid()}")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(where, encoding="utf-8")
+        partial.replace(note)
+    except OSError as error:
+        warnings.warn(f"cannot note in {home()} where {name!r} is: {error.strerror}", stacklevel=2)
 
 
 def recall(mark: Fingerprint) -> str | None:
@@ -243,9 +252,9 @@ def _packaged(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
-            partial = Path(tempfile.mkdtemp(dir=target.parent))
-            _convert_gguf(source, partial)
-            partial.rename(target)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                _convert_gguf(source, Path(folder) / "model")
+                (Path(folder) / "model").rename(target)
     return target
 
 
@@ -280,7 +289,10 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
             f"the {kind} {name!r} is damaged: {error}", "download or copy it again; a file may have been cut short"
         ) from error
     except ValueError as error:  # e.g. code that would have to be trusted, an unknown architecture
-        raise UsageError(f"the {kind} {name!r} cannot be loaded: {error}") from error
+        raise UsageError(
+            f"the {kind} {name!r} cannot be loaded: {error}",
+            "choose another one; if it is newer than your transformers: pip install --upgrade transformers",
+        ) from error
     except OSError as error:
         local = Path(name).is_dir()
         if local or "not a valid model identifier" in str(error) or "does not appear to have a file" in str(error):

@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 
-from localmoe import attention
+from localmoe import attention, models
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
 from localmoe.models import (
+    Fingerprint,
     compute_dtype,
     context_length,
     fingerprint,
@@ -132,6 +133,33 @@ def test_a_base_is_found_again_where_it_was_last_seen(tiny_base: Path, tmp_path:
     assert recall(mark) == str(folder)
     shutil.rmtree(folder)
     assert recall(mark) is None
+
+
+def test_a_home_that_cannot_be_written_costs_the_note_alone(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot note in"):
+        remember(str(tiny_base), Fingerprint("no", "home"))
+    assert recall(Fingerprint("no", "home")) is None
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    (tmp_path / "packaged.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(models.PACKAGED, "org/packaged", ("packaged", "weights.gguf"))
+    monkeypatch.setattr(models, "_convert_gguf", full)
+    with pytest.raises(OSError, match="no space"):
+        models.locate("org/packaged")
+    assert [file.suffix for file in (tmp_path / "home" / "models").iterdir()] == [".lock"]
 
 
 def test_the_tokenizer_of_the_tiny_base_reads_back_what_it_wrote(tiny_base: Path) -> None:

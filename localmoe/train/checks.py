@@ -76,10 +76,13 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     """The router's settings for a bank, and a sentence if β could not be found as asked.
 
     queries: [n, d] embedded prefixes of public tune documents; `active` is the mean number of experts in their mixes.
+    Of K experts at most (K + 1) / 2 are wanted: with almost all of them active the weights are almost uniform, the
+    worst weighting there is (paper, Figure 5).
     """
+    wanted = min(config.active, max(1.0, (len(centroids.experts) + 1) / 2))
 
     def record(beta: float, active: float) -> RouterRecord:
-        return RouterRecord(config.router, beta, config.tau, config.max_experts, active, config.active)
+        return RouterRecord(config.router, beta, config.tau, config.max_experts, active, wanted)
 
     if not centroids.experts:
         return record(0.0 if config.beta is None else config.beta, 0.0), "no expert may be routed to"
@@ -90,9 +93,12 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     if config.beta is not None:
         beta = config.beta
     else:
-        beta = find_beta(similarities(prompts, centroids), config.active, config.tau, config.max_experts).beta
+        beta = find_beta(similarities(prompts, centroids), wanted, config.tau, config.max_experts).beta
     mixes = route(prompts, centroids, replace(config, beta=beta))
-    return record(beta, sum(len(mix.experts) for mix in mixes) / len(mixes)), ""
+    note = ""
+    if config.beta is None and wanted < config.active:
+        note = f"{wanted:g} active experts are wanted instead of {config.active:g}: there are only {len(centroids.experts)}"
+    return record(beta, sum(len(mix.experts) for mix in mixes) / len(mixes)), note
 
 
 def _mean(parts: Iterable[Nll]) -> float:

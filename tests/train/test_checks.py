@@ -72,6 +72,13 @@ def test_beta_is_the_one_that_gives_the_wanted_mean_of_active_experts() -> None:
     assert 1.5 < record.active <= 2.0 == record.wanted
 
 
+def test_of_few_experts_no_more_than_about_half_are_wanted_and_it_is_said() -> None:
+    record, note = choose_beta(_queries(20), CENTROIDS, RouteConfig(active=4.0))
+    assert record.wanted == (len(CENTROIDS.experts) + 1) / 2
+    assert record.active <= record.wanted
+    assert "instead of 4" in note and f"only {len(CENTROIDS.experts)}" in note
+
+
 @pytest.mark.parametrize("beta", [0.0001, 0.3, 0.55])
 def test_a_beta_that_was_given_is_kept_and_its_active_experts_are_counted(beta: float) -> None:
     record, note = choose_beta(_queries(200), CENTROIDS, RouteConfig(beta=beta))
