@@ -18,6 +18,7 @@ NAME = "localmoe_packed"
 """Name under which transformers knows `packed_attention`."""
 
 _BLOCK = 256  # queries whose scores are alive at once; keys after the block are skipped
+_KEPT = 512  # tokens of a passage whose probabilities are kept for the way back: 2 · heads · n² bytes a layer
 
 
 def packed_attention(
@@ -69,7 +70,7 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, window
 
 
 class _Products(torch.autograd.Function):
-    """O = softmax(s·Q Kᵀ + M) V by blocks of queries; the probabilities P are computed again on the way back.
+    """O = softmax(s·Q Kᵀ + M) V by blocks of queries; of long passages P is computed again on the way back.
 
     Q [h, g, n, d], K and V [h, n, d]. dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)),
     dQ = s·dS K, dK = s·dSᵀ Q.
@@ -78,23 +79,26 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        kept = []
         for part, mask, columns in _blocks(query, window):
             probabilities = _probabilities(_rows(query[:, :, part]), key[:, columns], mask, scale)
             output[:, :, part] = torch.bmm(probabilities, value[:, columns]).view(output[:, :, part].shape)
-        ctx.save_for_backward(query, key, value)
+            if query.shape[2] <= _KEPT:
+                kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.scale, ctx.window = scale, window
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         (g,) = grads
         dq = torch.empty_like(query, memory_format=torch.contiguous_format)
         dk, dv = torch.zeros_like(key), torch.zeros_like(value)
-        for part, mask, columns in _blocks(query, ctx.window):
+        for number, (part, mask, columns) in enumerate(_blocks(query, ctx.window)):
             q, do = _rows(query[:, :, part]), _rows(g[:, :, part])
             k, v = key[:, columns], value[:, columns]
-            p = _probabilities(q, k, mask, ctx.scale)
+            p = kept[number] if kept else _probabilities(q, k, mask, ctx.scale)
             dv[:, columns] += torch.bmm(p.transpose(1, 2), do)
             ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), p, -1, p.dtype)
             dq[:, :, part] = torch.bmm(ds, k).mul_(ctx.scale).view(dq[:, :, part].shape)

@@ -36,12 +36,19 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window
 
 @pytest.mark.parametrize("window", [None, 3, 40])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("block", [4, 256])
+@pytest.mark.parametrize(("block", "kept"), [(4, 0), (4, 512), (256, 0), (256, 512)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_outputs_and_gradients_are_those_of_the_formula(
-    window: int | None, kv_heads: int, block: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    window: int | None,
+    kv_heads: int,
+    block: int,
+    kept: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_KEPT", kept)
     lengths = [5, 1, 9]
     inputs = states(lengths, 4, kv_heads, dtype)
     found, _ = attention.packed_attention(

@@ -232,7 +232,7 @@ def open_engine(
     """Open a bank with its base model and encoder, ready to answer.
 
     base, encoder: where they are, if not where the bank (or this machine's memory of it) says. config: how to route,
-    if not as the bank says; without a β it is the bank's, or found anew where `active` is not what the bank wanted.
+    if not as the bank says; without a β it is the bank's, or found anew where `active` is not what its build asked for.
     base_variant: allow other weights than the bank was built for (every answer says so). Raises BankError for a base of
     another architecture, other weights, or another encoder; ConfigError if β cannot be found.
     """
@@ -275,8 +275,9 @@ def _routing(bank: Bank, config: RouteConfig | None) -> RouteConfig:
         return config
     changes = {} if config is None else as_dict(config)
     changes.pop("beta", None)
-    if changes.get("active") == bank.manifest.router.wanted:
-        del changes["active"]
+    asked = bank.manifest.config.get("route", {}).get("active", bank.manifest.router.wanted)
+    if changes.get("active") == asked:
+        del changes["active"]  # the bank's β is the answer to it
     return route_config(bank, changes)
 
 

@@ -79,7 +79,8 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     Of K experts at most (K + 1) / 2 are wanted: with almost all of them active the weights are almost uniform, the
     worst weighting there is (paper, Figure 5).
     """
-    wanted = min(config.active, max(1.0, (len(centroids.experts) + 1) / 2))
+    count = len(centroids.experts)
+    wanted = min(config.active, max(1.0, (count + 1) / 2))
 
     def record(beta: float, active: float) -> RouterRecord:
         return RouterRecord(config.router, beta, config.tau, config.max_experts, active, wanted)
@@ -97,7 +98,7 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     mixes = route(prompts, centroids, replace(config, beta=beta))
     note = ""
     if config.beta is None and wanted < config.active:
-        note = f"{wanted:g} active experts are wanted instead of {config.active:g}: there are only {len(centroids.experts)}"
+        note = f"{wanted:g} active experts are wanted instead of {config.active:g}: there are only {count}"
     return record(beta, sum(len(mix.experts) for mix in mixes) / len(mixes)), note
 
 

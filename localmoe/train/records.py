@@ -62,7 +62,8 @@ def choose_router(
         ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
         prefixes.append(tokenizer.decode(ids, skip_special_tokens=True))
     record, note = choose_beta(encoder.encode(prefixes), centroids, ground.config.route)
-    watch(Event("route", 1, 1, note if note else f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt"))
+    found = f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt" if record.active else ""
+    watch(Event("route", 1, 1, "; ".join(part for part in (note, found) if part)))
     return record
 
 
