@@ -122,7 +122,7 @@ class GenerateConfig:
     """0 = the likeliest token every time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the smallest set of tokens that has this probability."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draw; the same seed draws the same tokens."""
 
 
@@ -136,7 +136,7 @@ class BuildConfig:
     """Sentence encoder: a hub id, a folder, or a packaged model."""
     revision: str | None = None
     """Commit of the base model on the hub."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split, the clustering and the training."""
     keep_texts: bool = True
     """Keep the documents' texts in the bank (nearest documents, map hover, test-time training need them)."""
