@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
-import os
 import platform
 import shutil
 import socket
@@ -162,16 +161,7 @@ def _embed(work: Work, encoder: Encoder, rows: Rows, watch: Watch) -> np.ndarray
         first += len(batch)
         watch(Event("embed", int(used[:first].sum()), total))
     if not work.has("embeddings.npy"):
-        target = np.lib.format.open_memmap(
-            work.path / ".embeddings.npy", "w+", dtype=np.float32, shape=(count, encoder.dim)
-        )
-        first = 0
-        for name in shards:
-            shard = work.read_array(name)
-            target[first : first + len(shard)] = shard
-            first += len(shard)
-        target.flush()
-        os.replace(work.path / ".embeddings.npy", work.path / "embeddings.npy")
+        work.join_arrays("embeddings.npy", (count, encoder.dim), shards)
     return work.read_array("embeddings.npy")
 
 

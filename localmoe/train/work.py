@@ -42,12 +42,12 @@ class Work:
 
     def write_array(self, name: str, value: np.ndarray) -> None:
         """An array, whole or not at all."""
+        self._whole(name, lambda target: _write_npy(target, value.shape, value.dtype, [value]))
 
-        def write(target: Path) -> None:
-            with target.open("wb") as file:
-                np.save(file, value, allow_pickle=False)
-
-        self._whole(name, write)
+    def join_arrays(self, name: str, shape: tuple[int, ...], parts: Sequence[str]) -> None:
+        """The fp32 arrays `parts` one below the other as one of this shape, whole or not at all."""
+        arrays = (self.read_array(part) for part in parts)
+        self._whole(name, lambda target: _write_npy(target, shape, np.dtype(np.float32), arrays))
 
     def read_array(self, name: str) -> np.ndarray:
         """An array, memory-mapped."""
@@ -121,6 +121,15 @@ def collect(bank: Path, documents: Iterable[Document]) -> tuple[Path, str, int]:
         file.unlink(missing_ok=True)
         raise
     return file, digest.hexdigest(), count
+
+
+def _write_npy(target: Path, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Iterable[np.ndarray]) -> None:
+    """What `np.save` writes; its `tofile` and a memory map would meet a full disk with no errno, or with SIGBUS."""
+    with target.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
 
 
 def _batches(file: Path) -> Iterator[Any]:

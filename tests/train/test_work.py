@@ -1,5 +1,6 @@
 """The work folder: what is written is read back, whole or not at all."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,37 @@ def test_json_and_arrays_come_back(tmp_path: Path) -> None:
     assert work.has("experts/e0.json") and not work.has("other.json")
     assert work.read_json("experts/e0.json") == {"loss": 0.1}
     np.testing.assert_array_equal(work.read_array("x.npy"), array)
+
+
+def test_arrays_are_joined_to_the_bytes_that_numpy_saves(tmp_path: Path) -> None:
+    work = Work(tmp_path, "key")
+    whole = np.arange(15, dtype=np.float32).reshape(5, 3)
+    work.write_array("a.npy", whole[:2])
+    work.write_array("b.npy", whole[2:])
+    work.join_arrays("joined.npy", (5, 3), ["a.npy", "b.npy"])
+    np.save(tmp_path / "numpy.npy", whole)
+    assert (work.path / "joined.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_an_array_that_does_not_fit_on_the_disk_says_so_by_its_errno_and_leaves_no_part_s6(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # a limit on the size of files stands for the disk
+    work = Work(tmp_path, "key")
+    work.write_array("part.npy", np.zeros((512, 8), dtype=np.float32))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    codes = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for write in (
+            lambda: work.write_array("large.npy", np.zeros((1024, 8), dtype=np.float32)),
+            lambda: work.join_arrays("joined.npy", (1024, 8), ["part.npy", "part.npy"]),
+        ):
+            with pytest.raises(OSError) as raised:
+                write()
+            codes.append(raised.value.errno)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert codes == [errno.EFBIG, errno.EFBIG]
+    assert [entry.name for entry in work.path.iterdir()] == ["part.npy"]
 
 
 def test_what_cannot_be_written_leaves_neither_file_nor_part(tmp_path: Path) -> None:
