@@ -1,5 +1,6 @@
 """What the command line shows: numbers, histograms, progress lines, errors, the state of an unfinished build."""
 
+import io
 import itertools
 import json
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmoe.config import GenerateConfig
-from localmoe.errors import BankError, ConfigError, PartialError, PromptError
+from localmoe.errors import BankError, ConfigError, PartialError, PromptError, UsageError
 from localmoe.terminal.chat import _messages
 from localmoe.terminal.plans import histogram
 from localmoe.terminal.progress import LINE_EVERY, Lines, clock_text, show_json, watching
@@ -156,6 +157,12 @@ def test_a_chat_at_a_keyboard_needs_no_readline(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert list(itertools.islice(_messages(), 2)) == ["hello", "/quit"]
+
+
+def test_a_chat_that_is_piped_something_else_than_text_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\xff\n"), encoding="utf-8"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        list(_messages())
 
 
 def test_failed_experts_are_an_error_of_their_own() -> None:

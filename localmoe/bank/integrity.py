@@ -29,7 +29,8 @@ def damage(path: Path, problems: Sequence[str]) -> BankError:
     """One error for all that `file_problems` found."""
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     fetch = any("Git-LFS" in problem for problem in problems)
-    remedy = "fetch the weights: git lfs pull" if fetch else "copy the whole bank again from where it came"
+    again = "copy the whole bank again from where it came, or build it in a new folder"
+    remedy = "fetch the weights: git lfs pull" if fetch else again
     return BankError(f"{path}: {'; '.join(problems[:3])}{more}", remedy)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from localmoe.config import GenerateConfig
-from localmoe.errors import PromptError
+from localmoe.errors import PromptError, UsageError
 from localmoe.terminal.mixes import show_fallback, show_mix
 from localmoe.terminal.screen import remarks, show_error, write_text
 
@@ -47,9 +47,12 @@ def chat(engine: Engine, config: GenerateConfig) -> None:
 
 
 def _messages() -> Iterator[str]:
-    """Lines from the keyboard or from a pipe."""
+    """Lines from the keyboard or from a pipe; raises UsageError for a pipe that carries no text."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        try:
+            yield from (line.strip() for line in sys.stdin)
+        except UnicodeDecodeError as error:
+            raise UsageError("the messages are not UTF-8", "convert them: iconv -t UTF-8") from error
         return
     with suppress(ImportError):  # Windows has none, and edits by itself
         import readline  # noqa: F401 - makes input() editable
