@@ -25,7 +25,7 @@ TEMPORARY = ".tmp-"
 _LFS_POINTER = b"version https://git-lfs"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROWS = 1024  # rows of a row group, the unit in which a large table is read,
-_CHARACTERS = 16 * 2**20  # ... or fewer, if they are long
+_CHARACTERS = 16 * 2**20  # ... or tokens; fewer rows, if they are long
 
 
 def write_tensors(path: Path, kind: Kind, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -71,12 +71,19 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], schema: Any) -> No
         size = 0
         for row in rows:
             held.append(row)
-            size += sum(len(value) for value in row.values() if isinstance(value, str))
+            size += sum(_length(value) for value in row.values())
             if len(held) == _ROWS or size > _CHARACTERS:
                 writer.write_table(pyarrow.Table.from_pylist(held, schema))
                 held, size = [], 0
         if held:
             writer.write_table(pyarrow.Table.from_pylist(held, schema))
+
+
+def _length(value: Any) -> int:
+    """Characters of a text, or of all texts in a list; numbers of all lists in a list."""
+    if isinstance(value, list):
+        return sum(len(part) for part in value if isinstance(part, str | list))
+    return len(value) if isinstance(value, str) else 0
 
 
 def write_json(path: Path, kind: Kind, value: Any) -> FileRecord:

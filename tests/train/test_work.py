@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiny
 import torch
@@ -89,6 +90,16 @@ def test_the_passages_asked_for_come_back_in_the_order_of_their_rows(
             assert passage.tokens.dtype == torch.int64
             assert torch.equal(passage.tokens, expected.tokens)
             assert torch.equal(passage.labels, expected.labels)
+
+
+def test_the_passages_of_long_documents_stand_in_smaller_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_CHARACTERS", 20)
+    work = Work(tmp_path, "key")
+    work.write_passages([tuple(tiny.passages(8, 8)), tuple(tiny.passages(8, 8)), tuple(tiny.passages(2))])
+    with pyarrow.parquet.ParquetFile(work.path / "passages.parquet") as reader:
+        assert [reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups)] == [1, 1, 1]
 
 
 def test_json_and_arrays_come_back(tmp_path: Path) -> None:
