@@ -51,7 +51,7 @@ class MethodResult:
     fallbacks: float | None
     """Share of prompts for which no expert passed the threshold."""
     seconds: dict[str, Spread]
-    """What one prompt costs beside the base model's own forward: embed, select, load, merge, train, ...; and `added`."""
+    """What one prompt costs beside the base's own forward: embed, select, load, merge, train, ...; and `added`."""
     note: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
     """What only this method has: rates tried, mixes, ..."""
