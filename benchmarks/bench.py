@@ -1,0 +1,74 @@
+"""The bench: what all parts of a benchmark share, rounds in which all sides take turns, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+import material
+
+from localmoe.lora import weight_of
+from localmoe.models import load_tokenizer, target_linears
+
+
+class Bench:
+    """What all parts share: arguments, base, tokenizer, prompts, and a folder for banks."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments, self.folder, self.device = arguments, folder, arguments.device
+        material.note(f"loading {arguments.shape or arguments.base}")
+        self.model = material.load_base(arguments.base, arguments.shape, self.device)
+        self.tokenizer = load_tokenizer(arguments.base)
+        self.texts = material.prompts(self.tokenizer, arguments.prompt_tokens)
+        self.shapes = [tuple(weight_of(module).shape) for module in target_linears(self.model).values()]
+        self._experts: dict[str, material.Experts] = {}
+        self.speeds = machine.speeds(self.device, self.model.dtype)
+
+    def experts(self, rank: int, count: int, shared: bool = False) -> material.Experts:
+        """Random experts, written when first asked for."""
+        key = f"{'shared' if shared else 'own'}-{rank}-{count}"
+        if key not in self._experts:
+            base = self.arguments.base
+            self._experts[key] = material.write_experts(self.folder / key, self.model, base, count, rank, shared)
+        return self._experts[key]
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[str, Any], Any]],
+    texts: Iterator[str],
+    queries: Sequence[Any],
+    before: Callable[[Any], None] | None = None,
+) -> dict[str, list[dict[str, float]]]:
+    """Every side answers every query, a round each, the order turning from round to round."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    names = list(sides)
+    for number, query in enumerate(queries):
+        text = next(texts)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if before is not None:
+                before(query)
+            found[name].append(sides[name](text, query).data())
+    return found
+
+
+def stages(rounds: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Side → median of every stage, of what it adds to the base's first token, and to its whole call."""
+    found = {}
+    for side, times in rounds.items():
+        row = {stage: statistics.median(t[stage] for t in times) for stage in times[0]}
+        for added, whole in (("added_first_token", "first_token"), ("added_total", "total")):
+            row[added] = statistics.median(t[whole] - b[whole] for t, b in zip(times, rounds["base"], strict=True))
+        found[side] = row
+    return found
+
+
+def ratio(
+    medians: Mapping[str, dict[str, float]], ours: str = "localmoe", key: str = "added_first_token"
+) -> float | None:
+    """`ttmerge`'s added time over ours; None where ours adds nothing that can be measured."""
+    mine = medians[ours][key]
+    return medians["ttmerge"][key] / mine if mine > 0 else None
