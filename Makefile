@@ -18,6 +18,11 @@ check: install-dev ## format, lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: install install-models ## overhead against ttmerge: results/overhead.json and its figure; best on a quiet machine
+	$(PIP) --editable '.[benchmarks]'
+	$(BIN)/python benchmarks/overhead.py --json results/overhead.json
+	$(BIN)/python benchmarks/plots.py results/overhead.json
+
 install: .venv/installed ## LocalMoE in .venv
 
 .venv/installed: pyproject.toml constraints.txt

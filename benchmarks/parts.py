@@ -147,7 +147,7 @@ def switch(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
         ours = Ours(bench.model, bench.tokenizer, experts, None, "dense")
         for active in bench.arguments.active:
             queries = mixed_queries(bench.arguments.experts, active, 4)
-            mixes = itertools.cycle([ours.engine.router.select(query[None]) for query in queries])
+            mixes = itertools.cycle([ours.select(query) for query in queries])
             bare = _addmms(bench, rank * active)
             for _ in queries:
                 ours.switch(next(mixes))

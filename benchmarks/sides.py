@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import machine
@@ -96,12 +96,17 @@ class Ours:
 
     def answer(self, text: str, query: np.ndarray | None, new_tokens: int) -> Times:
         """The answer of the mix that `query` gives; without one, of the base model through the same engine."""
-        from localmoe.config import GenerateConfig
         from localmoe.runtime.engine import base_mix
 
         mix = None if query is not None else base_mix(self.engine.bank)
         if query is not None:
             self.encoder.vector = query
+        return self.answer_mix(text, mix, new_tokens)
+
+    def answer_mix(self, text: str, mix: Any, new_tokens: int) -> Times:
+        """The same for a mix that is known; None = it is routed first."""
+        from localmoe.config import GenerateConfig
+
         begun = time.perf_counter()
         pieces = self.engine.start(text, GenerateConfig(max_new_tokens=new_tokens), mix)
         answer = pieces.answer("".join(pieces))
@@ -118,6 +123,14 @@ class Ours:
             total - spent.total,
             total,
         )
+
+    def select(self, query: np.ndarray) -> Any:
+        """The mix of a query."""
+        return self.engine.router.select(query[None])
+
+    def own(self, mix: Any) -> Any:
+        """The same mix, of this engine's bank."""
+        return replace(mix, bank=self.engine.bank.manifest.digest)
 
     def switch(self, mix: Any) -> float:
         """Seconds from a mix to the model merged by it (`dense`)."""
