@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,6 +18,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Recipe = Literal["trunk", "trunk-shared", "paper"]
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -146,12 +147,83 @@ class BuildConfig:
     route: RouteConfig = RouteConfig()
 
 
+@dataclass(frozen=True, config=_STRICT)
+class FineTuneConfig:
+    """How the baseline is tuned: one adapter on all train documents, as many tokens as trunk and experts together."""
+
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
+    """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
+    ranks: tuple[Positive, ...] = ()
+    """Ranks that are tried beside the bank's."""
+    tune_tokens: Positive = 200_000
+    """Tokens that each trial trains on, at most."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TTTConfig:
+    """Test-time training: a fresh adapter (or a copy of the trunk) for every prompt (paper, Section 5, Appendix E)."""
+
+    documents: Positive = 40
+    """Held-out documents that it is run on."""
+    neighbours: Positive = 100
+    """Train documents nearest to the prefix, from the most similar on, one step each."""
+    rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Learning rate."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalConfig:
+    """How a bank is evaluated (specification, "Evaluation protocol")."""
+
+    methods: tuple[str, ...] = (
+        "base",
+        "trunk",
+        "fine-tuned",
+        "merged",
+        "merged-1",
+        "merged-3",
+        "merged-10",
+        "ensemble",
+        "uniform",
+        "ttt-trunk",
+        "null",
+    )
+    """Names in the registry of methods; those that a bank cannot do (no trunk, say) are left out, and it is said."""
+    documents: Positive | None = None
+    """Held-out documents at most; none = all."""
+    per_expert: Positive | None = None
+    """Held-out documents near to one expert's centroid at most, so that the test covers all clusters; none = all."""
+    prefix: Positive = 50
+    """First tokens of a document, on which no loss is counted: 50 of prose, 200 of code (paper, Table 5)."""
+    query_prefix: Positive | None = None
+    """First tokens that choose the mix; none = `prefix`."""
+    length: Positive = 1024
+    """Tokens of a document at most."""
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Held-out documents as near as this (Jaccard similarity of shingles) to a train document are left out."""
+    timed: Positive = 10
+    """Prompts for which the first token and those after it are timed."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of shuffled centroids, of fine-tuning and of the bootstrap."""
+    fine_tune: FineTuneConfig = FineTuneConfig()
+    ttt: TTTConfig = TTTConfig()
+
+
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> BuildConfig:
     """The configuration from a YAML file and `key=value` overrides of the same dotted keys.
 
     `overrides`: e.g. `["train.rank=8", "cluster.clusters=12"]`, values read as YAML; later ones win.
     Raises ConfigError for an unreadable file, an unknown key (with a suggestion and its line) or a bad value.
     """
+    return _load(BuildConfig, path, overrides)
+
+
+def load_eval_config(path: Path | None = None, overrides: Sequence[str] = ()) -> EvalConfig:
+    """The configuration of an evaluation, read as `load_config` reads that of a build."""
+    return _load(EvalConfig, path, overrides)
+
+
+def _load(kind: type[C], path: Path | None, overrides: Sequence[str]) -> C:
     values: dict[str, Any] = {}
     lines: dict[tuple[str, ...], int] = {}
     if path is not None:
@@ -168,7 +240,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Buil
         keys = tuple(key.strip().split("."))
         _put(values, keys, parsed)
         lines = {place: line for place, line in lines.items() if place[: len(keys)] != keys}
-    return validate(values, where=str(path) if path else "the settings", lines=lines)
+    return _validate(kind, values, str(path) if path else "the settings", lines)
 
 
 def validate(
@@ -177,11 +249,7 @@ def validate(
     lines: Mapping[tuple[str, ...], int] | None = None,
 ) -> BuildConfig:
     """A BuildConfig from nested mappings; raises ConfigError that names key, line and the nearest known key."""
-    try:
-        return TypeAdapter(BuildConfig).validate_python(values)
-    except ValidationError as error:
-        problems = [_explain(problem, lines or {}) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(problems), "every key: localmoe build --help") from error
+    return _validate(BuildConfig, values, where, {} if lines is None else lines)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -195,11 +263,20 @@ def default_of(config: type, name: str) -> Any:
     return {field.name: field.default for field in dataclasses.fields(config)}[name]
 
 
-def _explain(problem: Any, lines: Mapping[tuple[str, ...], int]) -> str:
+def _validate(kind: type[C], values: Mapping[str, Any], where: str, lines: Mapping[tuple[str, ...], int]) -> C:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problems = [_explain(kind, problem, lines) for problem in error.errors()]
+        verb = "eval" if kind is EvalConfig else "build"
+        raise ConfigError(f"{where}: " + "; ".join(problems), f"every key: localmoe {verb} --help") from error
+
+
+def _explain(kind: type, problem: Any, lines: Mapping[tuple[str, ...], int]) -> str:
     location = tuple(str(part) for part in problem["loc"])
     line = f" (line {lines[location]})" if location in lines else ""
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {'.'.join(location)!r}{did_you_mean('.'.join(location), _keys(BuildConfig))}{line}"
+        return f"unknown key {'.'.join(location)!r}{did_you_mean('.'.join(location), _keys(kind))}{line}"
     return f"{'.'.join(location)} = {problem['input']!r}: {problem['msg'].lower()}{line}"
 
 

@@ -19,12 +19,26 @@ _BATCH = 8
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where documents are cut: tokens of the query and of the prefix without loss, and of the whole at most."""
+
+    query: int
+    prefix: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One held-out document: the text of its prefix, and its tokens with labels on the suffix."""
+    """One held-out document: the text that chooses its mix, and its tokens with labels on the suffix.
+
+    `suffix`: the text whose bytes are counted; `whole`: all of it, as clustering and duplicate search see it.
+    """
 
     document: str
     prefix: str
     passage: Passage
+    suffix: str = ""
+    whole: str = ""
 
 
 def held_out(engine: Engine, prefix_tokens: int, most_tokens: int, most_documents: int | None = None) -> list[Trial]:
@@ -32,24 +46,45 @@ def held_out(engine: Engine, prefix_tokens: int, most_tokens: int, most_document
 
     Documents without a token after the prefix are left out. Raises CorpusError if there are none.
     """
+    return trials_of(engine, "test", Cut(prefix_tokens, prefix_tokens, most_tokens), most_documents)
+
+
+def trials_of(
+    engine: Engine, split: str, cut: Cut, most: int | None = None, without: frozenset[str] = frozenset()
+) -> list[Trial]:
+    """Trials from one split of a bank, in the order of their ids, but for those in `without`.
+
+    Raises CorpusError if no document has a token after the prefix.
+    """
     table = engine.bank.documents()
-    ids = sorted(
-        name for name, split in zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True) if split == "test"
-    )
+    pairs = zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True)
+    ids = sorted(name for name, where in pairs if where == split and name not in without)
     trials: list[Trial] = []
     for name, text in zip(ids, engine.bank.texts(ids) if ids else [], strict=True):
-        if len(trials) == most_documents:
+        if len(trials) == most:
             break
-        tokens = torch.tensor(engine.tokenizer(text, verbose=False)["input_ids"][:most_tokens])
-        if len(tokens) > prefix_tokens:
-            prefix = engine.tokenizer.decode(tokens[:prefix_tokens], skip_special_tokens=True)
-            trials.append(Trial(name, prefix, Passage(tokens, torch.arange(len(tokens)) >= prefix_tokens)))
+        tokens = torch.tensor(engine.tokenizer(text, verbose=False)["input_ids"][: cut.length])
+        if len(tokens) > cut.prefix:
+            trials.append(_trial(engine, name, tokens, text, cut))
     if not trials:
         raise CorpusError(
-            f"no held-out document has more than {prefix_tokens} tokens",
-            "build with a larger corpus.test_fraction, or choose a shorter prefix",
+            f"no {split} document has more than {cut.prefix} tokens",
+            f"build with a larger corpus.{split}_fraction, or choose a shorter prefix",
         )
     return trials
+
+
+def _trial(engine: Engine, name: str, tokens: torch.Tensor, text: str, cut: Cut) -> Trial:
+    prefix = engine.tokenizer.decode(tokens[: cut.query], skip_special_tokens=True)
+    suffix = engine.tokenizer.decode(tokens[cut.prefix :], skip_special_tokens=True)
+    return Trial(name, prefix, Passage(tokens, torch.arange(len(tokens)) >= cut.prefix), suffix, text)
+
+
+def mutated(engine: Engine, trial: Trial, cut: Cut) -> Trial:
+    """The same document with its suffix backwards, cut anew: whatever it routes to may depend on the prefix alone."""
+    kept = max(cut.prefix, cut.query)
+    tokens = torch.cat([trial.passage.tokens[:kept], trial.passage.tokens[kept:].flip(0)])
+    return _trial(engine, trial.document, tokens, engine.tokenizer.decode(tokens), cut)
 
 
 def score_alone(

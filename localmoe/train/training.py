@@ -74,13 +74,16 @@ def train(
     seed: int,
     freeze_A: bool = False,
     progress: Progress | None = None,
+    tokens: int | None = None,
+    floor: float = 0.0,
 ) -> Trained:
-    """Go on training `start` on `passages`: AdamW, warm-up then linear decay to zero, gradients clipped.
+    """Go on training `start` on `passages`: AdamW, warm-up then linear decay to `floor` · rate, gradients clipped.
 
-    The base is frozen and never written; with `freeze_A` B alone is trained. Equal inputs, seed and threads give
-    equal bytes. Raises DivergedError as soon as a loss or a factor is not finite.
+    The base is frozen and never written; with `freeze_A` B alone is trained. `tokens`: so many label tokens, passages
+    repeated as needed, instead of `config.epochs`. Equal inputs, seed and threads give equal bytes.
+    Raises DivergedError as soon as a loss or a factor is not finite.
     """
-    batches = _batches(passages, config, seed)
+    batches = _batches(passages, config, seed, tokens)
     steps = len(batches)
     losses = []
     with attached(model, start, train_A=not freeze_A, train_B=True) as modules, packed(model):
@@ -88,8 +91,8 @@ def train(
         optimizer = torch.optim.AdamW(factors, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * schedule(step, steps, config.warmup)
-            value = _step(model, batch, factors, optimizer, config.clip)
+                group["lr"] = learning_rate * schedule(step, steps, config.warmup, floor)
+            value = step_once(model, batch, factors, optimizer, config.clip)
             losses.append(value)
             if progress is not None:
                 progress(sum(passage.predicted for passage in batch), value)
@@ -101,26 +104,28 @@ def train(
     window = max(1, steps // 10)
     return Trained(
         adapter,
-        tokens=config.epochs * sum(passage.predicted for passage in passages),
+        tokens=sum(passage.predicted for batch in batches for passage in batch),
         steps=steps,
         first_loss=sum(losses[:window]) / window,
         last_loss=sum(losses[-window:]) / window,
     )
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate at `step` of `steps`: rises linearly over the warm-up, then falls linearly to zero."""
+def schedule(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
+    """Share of the peak rate at `step` of `steps`: rises linearly over the warm-up, then falls linearly to `floor`."""
     rise = warmup * steps
-    return min((step + 1) / max(rise, 1.0), (steps - step) / max(steps - rise, 1.0), 1.0)
+    left = min((steps - step) / max(steps - rise, 1.0), 1.0)
+    return min((step + 1) / max(rise, 1.0), floor + (1.0 - floor) * left)
 
 
-def _step(
+def step_once(
     model: Any,
     batch: Sequence[Passage],
     factors: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     clip: float,
 ) -> float:
+    """One step of the optimiser on a packed batch; its loss. The model must be `packed` and the factors attached."""
     value = _finite(loss(model, pack(batch, model.device)))
     torch.autograd.backward(value, inputs=list(factors))
     torch.nn.utils.clip_grad_norm_(factors, clip)
@@ -135,16 +140,20 @@ def _finite(value: Tensor) -> Tensor:
     return value
 
 
-def _batches(passages: Sequence[Passage], config: TrainConfig, seed: int) -> list[list[Passage]]:
+def _batches(passages: Sequence[Passage], config: TrainConfig, seed: int, tokens: int | None) -> list[list[Passage]]:
     """Shuffled anew each epoch; passages without a label are left out, since they teach nothing."""
     useful = [passage for passage in passages if passage.predicted > 0]
     if not useful:
         raise LocalMoEError("no passage has a token to learn from")
+    left = config.epochs * sum(passage.predicted for passage in useful) if tokens is None else tokens
     shuffle = random.Random(seed)  # noqa: S311 - order, not secrets
     batches = []
-    for _ in range(config.epochs):
+    while left > 0:
         order = shuffle.sample(useful, len(useful))
-        batches += [order[i : i + config.batch] for i in range(0, len(order), config.batch)]
+        for first in range(0, len(order), config.batch):
+            if left > 0:
+                batches.append(order[first : first + config.batch])
+                left -= sum(passage.predicted for passage in batches[-1])
     return batches
 
 

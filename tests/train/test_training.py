@@ -101,6 +101,19 @@ def test_the_schedule_rises_over_the_warm_up_and_falls_to_zero(steps: int, warmu
         assert 0 < schedule(step, steps, warmup) <= 1
 
 
+def test_the_schedule_may_end_above_zero() -> None:
+    rates = [schedule(step, 10, 0.0, floor=0.4) for step in range(10)]
+    assert rates == pytest.approx([0.4 + 0.6 * (10 - step) / 10 for step in range(10)])
+
+
+def test_so_many_tokens_are_trained_on_as_are_asked_for_whatever_the_epochs() -> None:
+    model, passages = tiny.base("llama"), tiny.passages(20, 12, 7)
+    one = train(model, passages, fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0)
+    again = train(model, passages, fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0, tokens=2 * one.tokens + 1)
+    assert 2 * one.tokens < again.tokens <= 3 * one.tokens
+    assert train(model, passages, fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0, tokens=1).steps == 1
+
+
 def test_progress_counts_the_predicted_tokens_of_every_step() -> None:
     seen: list[tuple[int, float]] = []
     model, passages = tiny.base("llama"), tiny.passages(20, 12, 7)
