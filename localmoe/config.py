@@ -147,6 +147,21 @@ class BuildConfig:
     route: RouteConfig = RouteConfig()
 
 
+METHODS = (
+    "base",
+    "trunk",
+    "fine-tuned",
+    "merged",
+    "merged-1",
+    "merged-3",
+    "merged-10",
+    "ensemble",
+    "uniform",
+    "ttt-trunk",
+    "null",
+)
+
+
 @dataclass(frozen=True, config=_STRICT)
 class FineTuneConfig:
     """How the baseline is tuned: one adapter on all train documents, as many tokens as trunk and experts together."""
@@ -175,19 +190,7 @@ class TTTConfig:
 class EvalConfig:
     """How a bank is evaluated (specification, "Evaluation protocol")."""
 
-    methods: tuple[str, ...] = (
-        "base",
-        "trunk",
-        "fine-tuned",
-        "merged",
-        "merged-1",
-        "merged-3",
-        "merged-10",
-        "ensemble",
-        "uniform",
-        "ttt-trunk",
-        "null",
-    )
+    methods: tuple[str, ...] = METHODS
     """Names in the registry of methods; those that a bank cannot do (no trunk, say) are left out, and it is said."""
     documents: Positive | None = None
     """Held-out documents at most; none = all."""
