@@ -128,6 +128,26 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class LmEvalConfig:
+    """How lm-evaluation-harness asks a bank."""
+
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before every question; none = as each task says."""
+    limit: Positive | None = None
+    """Only the first documents of every task; none = all."""
+    route_on: Literal["question", "context", "last_block"] = "question"
+    """What chooses the mix: the document's own question, the whole context, or its last block."""
+    chat_template: Literal["off", "on", "both"] = "off"
+    """Whether questions go through the base's chat template."""
+    compare: Literal["base", "none"] = "base"
+    """What the bank is compared with on the same requests."""
+    batch: Positive = 4
+    """Requests per forward."""
+    prefix_tokens: Positive = 50
+    """Of a text that is scored as a whole: tokens that the base scores and that choose the mix for the others."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class BuildConfig:
     """All that `localmoe build` can be told."""
 

@@ -1,0 +1,256 @@
+"""LocalMoE as a model of lm-evaluation-harness: every question gets its mix, and every request the model merged by it.
+
+The one importer of lm_eval; importing this file registers the model `localmoe`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval.models  # noqa: F401 - a model registered before the built-in ones would hide them
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from localmoe.bank.store import Bank
+from localmoe.config import LmEvalConfig, as_dict, default_of
+from localmoe.errors import UsageError
+from localmoe.evaluate.questions import Questions
+from localmoe.routing import Mix
+from localmoe.runtime.engine import Engine, base_mix, open_engine
+from localmoe.runtime.router import route_config
+
+_STAMP = "localmoe configuration"  # key of a response cache that holds whose responses they are
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the requests of a run were routed."""
+
+    route_on: str
+    requests: int
+    """Whole texts count once a window; their prefixes, which the base scores, do not count."""
+    mixes: int
+    """Distinct ones: that many merges."""
+    active_mean: float
+    """Experts per request."""
+    active_max: int
+    fallbacks: int
+    """Requests whose mix is a fall-back."""
+    without_text: int
+    """Requests without a text to route on; the base model answered them."""
+
+
+@register_model("localmoe")
+class LocalMoELM(HFLM):  # type: ignore[misc]
+    """A bank as a model of the harness: `lm_eval --model localmoe --model_args bank=FOLDER`, or an instance.
+
+    bank: a folder, or an engine. route_on: what of a request is embedded, "context", "last_block" or "question" (see
+    `Questions`); never the continuation. merged: False is the base model on the same requests. prefix_tokens: of a
+    text that is scored as a whole, this many tokens are scored by the base and choose the mix for the others. The
+    other arguments are those of `open_engine`, and fields of RouteConfig. Raises UsageError for a value that cannot be.
+    """
+
+    def __init__(
+        self,
+        bank: str | Path | Engine,
+        base: str | None = None,
+        encoder: str | None = None,
+        base_variant: bool = False,
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        route_on: str = "last_block",
+        merged: bool = True,
+        prefix_tokens: int = default_of(LmEvalConfig, "prefix_tokens"),
+        batch_size: int | str = default_of(LmEvalConfig, "batch"),
+        max_batch_size: int = 64,
+        max_length: int | None = None,
+        device: str | None = None,
+        **routing: Any,
+    ) -> None:
+        if isinstance(bank, Engine):
+            if routing:
+                raise UsageError(
+                    f"an open engine routes as it was told, not by {', '.join(routing)}", "open it with them"
+                )
+            self.engine = bank
+        else:
+            config = route_config(Bank.open(Path(bank)), routing)
+            self.engine = open_engine(bank, base, encoder, config, device_map, base_variant, trust_remote_code)
+        where = self.engine.model.device.type
+        if device is not None and torch.device(device).type != where:
+            raise UsageError(f"the base is on {where!r}, not on {device!r}", "leave the device out")
+        super().__init__(
+            pretrained=self.engine.model,
+            tokenizer=copy.deepcopy(self.engine.tokenizer),  # HFLM gives it a padding token
+            backend="causal",
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+            softmax_dtype="float32",  # else log-probabilities are rounded to bf16, and summed in it
+        )
+        self.merged = merged
+        self.prefix_tokens = prefix_tokens
+        self.questions = Questions(route_on)
+        self._mixes: dict[str, Mix] = {}
+        self._used: list[tuple[str, Mix]] = []
+
+    # what is asked
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of every continuation, and whether it is the greedy one, under the model of its mix."""
+        return self._by_mix(requests, self._chosen(requests), super().loglikelihood, "loglikelihood")
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model merged for the context writes after it."""
+        return self._by_mix(requests, self._chosen(requests), super().generate_until, "generate")
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts: log p₀(x≤P) + log p(x>P | x≤P), p₀ the base, p merged for the P first tokens.
+
+        No token is scored by weights that were chosen by it.
+        """
+        parts, owners, mixes = [], [], []
+        for owner, request in enumerate(requests):
+            (string,) = request.args
+            tokens = self.tok_encode(string)
+            windows = [
+                make_disjoint_window(pair)
+                for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            ]
+            for number, (before, scored) in enumerate(windows):
+                cut = self.prefix_tokens if number == 0 else 0
+                head, tail = scored[:cut], scored[cut:]
+                if head:
+                    parts.append((None, before, head))
+                    mixes.append(base_mix(self.engine.bank))
+                    owners.append(owner)
+                if tail:
+                    parts.append((None, before + head, tail))
+                    mixes.append(self._mix(self.tok_decode(tokens[: self.prefix_tokens])))
+                    owners.append(owner)
+        found = self._by_mix(parts, mixes, self._loglikelihood_tokens, "rolling")
+        totals = [0.0] * len(requests)
+        for owner, (logarithm, _greedy) in zip(owners, found, strict=True):
+            totals[owner] += logarithm
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The rendered conversation, remembered: a mix is chosen by what the user says, not by the template."""
+        rendered: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        self.questions.remember(rendered, chat_history)
+        return rendered
+
+    # who answers
+
+    def _chosen(self, requests: Sequence[Any]) -> list[Mix]:
+        return [self._mix(self.questions.of(request)) for request in requests]
+
+    def _mix(self, text: str) -> Mix:
+        """The mix for a text; where there is none, the base."""
+        if text not in self._mixes:
+            routed = self.merged and text.strip() != ""
+            self._mixes[text] = self.engine.route(text) if routed else base_mix(self.engine.bank)
+        self._used.append((text, self._mixes[text]))
+        return self._mixes[text]
+
+    def _by_mix(
+        self, requests: Sequence[Any], mixes: Sequence[Mix], score: Callable[..., list[Any]], label: str
+    ) -> list[Any]:
+        """Scores in the order of the requests; those of one mix are scored together, after one merge.
+
+        HFLM reorders, batches and reuses logits only within one call, so never across two mixes.
+        """
+        groups: dict[Mix, list[int]] = {}
+        for place, mix in enumerate(mixes):
+            groups.setdefault(mix, []).append(place)
+        found: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), desc=f"{self.name}: {label}", disable=None, leave=False) as bar:
+            for mix, places in groups.items():
+                with self.engine.merged(mix):
+                    scores = score([requests[place] for place in places], disable_tqdm=len(groups) > 1)
+                for place, result in zip(places, scores, strict=True):
+                    found[place] = result
+                bar.update(len(places))
+        return found
+
+    # whose answers they are
+
+    @property
+    def name(self) -> str:
+        """What the results call it."""
+        return "merged" if self.merged else "base"
+
+    def routing(self) -> Routing:
+        """How the requests so far were routed."""
+        active = [len(mix.experts) for _, mix in self._used]
+        return Routing(
+            route_on=self.questions.route_on if self.merged else "nothing",
+            requests=len(active),
+            mixes=len({mix for _, mix in self._used}),
+            active_mean=sum(active) / max(1, len(active)),
+            active_max=max(active, default=0),
+            fallbacks=sum(mix.fallback is not None for _, mix in self._used),
+            without_text=sum(not text.strip() for text, _ in self._used) if self.merged else 0,
+        )
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """All that decides an answer, beside the request."""
+        base = self.engine.bank.manifest.base
+        described = {
+            "base": base.id,
+            "base_architecture": base.architecture,
+            "base_weights": base.weights,
+            "base_variant": self.engine.base_variant,
+            "dtype": str(self.engine.model.dtype),
+            "max_length": self.max_length,
+            "merged": self.merged,
+            "chat_template": _digest(self.tokenizer.chat_template),
+        }
+        if self.merged:
+            described |= {
+                "bank": self.engine.bank.manifest.digest,
+                "route": as_dict(self.engine.config),
+                "route_on": self.questions.route_on,
+                "prefix_tokens": self.prefix_tokens,
+            }
+        return described
+
+    @property
+    def mark(self) -> str:
+        """Hash of the configuration: answers may be kept for another run iff it is the same."""
+        return _digest(self.configuration)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Use the harness's response cache. Its keys know the request alone: one of another mark is a UsageError."""
+        super().set_cache_hook(cache_hook)
+        stored = cache_hook.dbdict
+        if stored is None:
+            return
+        if len(stored) == 0:
+            stored[_STAMP] = self.mark
+        if stored.get(_STAMP) != self.mark:
+            raise UsageError(
+                f"the cache {stored.filename} holds answers of another model, bank or routing",
+                "give another path; `localmoe lm-eval --cache FOLDER` keeps them apart by itself",
+            )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results say of the model."""
+        info: dict[str, Any] = super().get_model_info()
+        return info | {"localmoe": self.configuration | {"routing": vars(self.routing())}}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
