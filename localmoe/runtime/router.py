@@ -44,7 +44,7 @@ class PromptRouter:
         self.bank = bank
         self.encoder = encoder
         self.config = config
-        self._centroids = routable_centroids(bank)
+        self.centroids = routable_centroids(bank)
 
     def embed(self, prompt: str | Conversation) -> np.ndarray:
         """φ of a prompt: [1, d] fp32. Raises PromptError for a prompt without text."""
@@ -55,7 +55,7 @@ class PromptRouter:
 
     def select(self, vector: np.ndarray) -> Mix:
         """The mix for an embedded prompt [1, d]."""
-        return route(torch.from_numpy(vector), self._centroids, self.config)[0]
+        return route(torch.from_numpy(vector), self.centroids, self.config)[0]
 
     def route(self, prompt: str | Conversation) -> Mix:
         """The mix for a prompt; raises PromptError for a prompt without text."""

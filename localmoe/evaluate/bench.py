@@ -1,0 +1,120 @@
+"""The bench: a bank with its held-out and tune documents, as every method of an evaluation finds them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from localmoe.config import BuildConfig, EvalConfig, validate
+from localmoe.errors import UsageError
+from localmoe.evaluate.protocol import Cut, Trial
+from localmoe.packing import Passage
+from localmoe.registry import Registry
+from localmoe.routing import Mix
+from localmoe.runtime.engine import Engine
+from localmoe.train.documents import Document
+from localmoe.train.passages import tokenize
+from localmoe.train.work import Work
+
+Watch = Callable[[str, int, int], None]
+"""Called with what is under way, how much of it is done, and of how much."""
+
+
+class NotPossibleError(UsageError):
+    """A method that this bank cannot do: no trunk, no texts, one expert."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a method leaves: summed suffix nll (nats) of the documents at these places, and what it took."""
+
+    documents: tuple[int, ...]
+    nll: tuple[float, ...]
+    training_tokens: int
+    mixes: tuple[tuple[tuple[str, ...], tuple[float, ...], bool], ...] = ()
+    """Experts, weights, and whether it was a fall-back, of every document, where a router chose them."""
+    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Stage → seconds of every prompt that was timed."""
+    note: str = ""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """All that a method needs; `work` keeps what is finished, so that an evaluation resumes."""
+
+    engine: Engine
+    config: EvalConfig
+    cut: Cut
+    trials: tuple[Trial, ...]
+    tune: tuple[Trial, ...]
+    work: Work
+    watch: Watch
+
+    @cached_property
+    def embedded(self) -> tuple[np.ndarray, tuple[float, ...]]:
+        """φ of every query [n, d] fp32, embedded one by one as a server would, and the seconds of each."""
+        vectors, seconds = [], []
+        for trial in self.trials:
+            started = time.perf_counter()
+            vectors.append(self.engine.encoder.encode([trial.prefix]))
+            seconds.append(time.perf_counter() - started)
+        return np.concatenate(vectors), tuple(seconds)
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """φ of every query [n, d] fp32."""
+        return torch.from_numpy(self.embedded[0])
+
+    @cached_property
+    def tune_queries(self) -> torch.Tensor:
+        """φ of the tune documents' queries [m, d] fp32."""
+        return torch.from_numpy(self.engine.encoder.encode([trial.prefix for trial in self.tune]))
+
+    @cached_property
+    def build_config(self) -> BuildConfig:
+        """The settings that the bank was built with."""
+        return validate(self.engine.bank.manifest.config, "the bank's settings")
+
+    @cached_property
+    def bank_tokens(self) -> int:
+        """Label tokens that trunk and experts were trained on together."""
+        training = [adapter.training for adapter in self.engine.bank.manifest.adapters]
+        if any(record is None for record in training):
+            raise NotPossibleError(
+                "the bank holds imported experts: how many tokens they saw is not known",
+                "evaluate a bank that was built here, or leave out fine-tuned",
+            )
+        return sum(record.tokens for record in training if record is not None)
+
+    def train_passages(self, documents: Sequence[str] | None = None, most: int | None = None) -> list[Passage]:
+        """Passages of the train documents (or of these ids, in this order), cut as the build cut them.
+
+        most: of each document only the first passages.
+        """
+        table = self.engine.bank.documents()
+        if documents is None:
+            rows = zip(*(table[name].to_pylist() for name in ("id", "split", "access")), strict=True)
+            documents = [name for name, split, access in rows if split == "train" and not access]
+        found = []
+        for name, text in zip(documents, self.engine.bank.texts(documents), strict=True):
+            tokenized = tokenize(Document(name, name, text), self.engine.tokenizer, self.build_config.corpus)
+            found += list(tokenized.passages[:most])
+        return found
+
+
+Method = Callable[[Bench], Scores]
+"""One row of an evaluation."""
+
+methods: Registry[Method] = Registry("method")
+
+
+def plain_mixes(mixes: Sequence[Mix]) -> tuple[tuple[tuple[str, ...], tuple[float, ...], bool], ...]:
+    """Mixes as `Scores` keeps them."""
+    return tuple((mix.experts, mix.weights, mix.fallback is not None) for mix in mixes)

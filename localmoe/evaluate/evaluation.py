@@ -1,0 +1,276 @@
+"""An evaluation: leak checks, every method on the same held-out documents, and how they compare; it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from localmoe.config import EvalConfig, as_dict
+from localmoe.errors import ConfigError, LocalMoEError
+from localmoe.evaluate import baselines, merged, ttt  # noqa: F401 - they register methods
+from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods
+from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
+from localmoe.evaluate.protocol import Cut, Trial, trials_of
+from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
+from localmoe.evaluate.statistics import compare, gap_share, perplexity
+from localmoe.models import context_length
+from localmoe.runtime.engine import Engine
+from localmoe.train.work import Work
+
+DEFAULT = "merged"
+"""The method that is what a bank does as it is shipped."""
+BASELINES = ("fine-tuned", "trunk", "base", "ensemble", "ttt-trunk")
+"""What every method is compared with, where they were scored."""
+
+
+class LeakError(LocalMoEError):
+    """A leak check failed: no number of this evaluation would mean anything."""
+
+
+def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, command: str = "") -> Results:
+    """Evaluate a bank and leave `results.json` in a folder after every method; the same call again goes on.
+
+    Documents near to a train document are left out first. Raises UnknownNameError for a method that is not known,
+    LeakError if a check fails, CorpusError without held-out documents, UsageError for a bank without texts.
+    """
+    begun = time.perf_counter()
+    wanted = [(name, methods[name]) for name in config.methods]
+    cut = _cut(engine, config)
+    without, note = duplicates_of_train(engine, config.near_duplicate)
+    checks = [Check("no test document stands in train", True, note)]
+    everything = trials_of(engine, "test", cut, without=without)
+    tune = trials_of(engine, "tune", cut, without=duplicates_of_train(engine, config.near_duplicate, "tune")[0])
+    experts = _nearest_experts(engine, everything)
+    trials, chosen = _chosen(everything, experts, config)
+    checks += check_leaks(engine, trials, tune, cut)
+    for check in checks:
+        if not check.passed:
+            raise LeakError(f"leak check failed: {check.name}: {check.found}", "mend or rebuild the bank")
+    bench = Bench(engine, config, cut, tuple(trials), tuple(tune), Work(folder, _key(engine, config, cut)), watch)
+    results = _empty(bench, chosen, tuple(checks), command)
+    scored: list[MethodResult] = []
+    for name, method in wanted:
+        try:
+            scores = _kept(bench, name, lambda method=method: method(bench))
+        except NotPossibleError as reason:
+            checks.append(Check(f"{name} was left out", True, reason.what))
+            continue
+        scored.append(_result(name, method.__doc__, scores, bench, results))
+        results = replace(results, methods=tuple(scored), checks=tuple(checks))
+        results = replace(results, comparisons=_comparisons(results, config.seed))
+        results = replace(results, seconds=_seconds(bench, time.perf_counter() - begun))
+        write_results(folder, results)
+    return results
+
+
+def _cut(engine: Engine, config: EvalConfig) -> Cut:
+    limit = context_length(engine.model)
+    if config.prefix >= min(limit, config.length):
+        raise ConfigError(
+            f"a prefix of {config.prefix} tokens leaves nothing of documents of {min(limit, config.length)} tokens",
+            "choose a shorter --prefix",
+        )
+    query = config.prefix if config.query_prefix is None else config.query_prefix
+    if query > config.prefix:
+        raise ConfigError(
+            f"a query of {query} tokens would read {query - config.prefix} tokens that count in the loss",
+            "make query_prefix at most prefix",
+        )
+    return Cut(query, config.prefix, min(limit, config.length))
+
+
+def _nearest_experts(engine: Engine, trials: Sequence[Trial]) -> list[str | None]:
+    """For every document the expert whose centroid is nearest to all of it, by the bank's embeddings."""
+    bank = engine.bank
+    rows = {name: row for row, name in enumerate(bank.documents()["id"].to_pylist())}
+    vectors = torch.from_numpy(bank.embeddings()[[rows[trial.document] for trial in trials]].astype(np.float32))
+    centroids = engine.router.centroids
+    if not centroids.experts:
+        return [None] * len(trials)
+    return [centroids.experts[k] for k in (vectors @ centroids.vectors.T).argmax(dim=1).tolist()]
+
+
+def _chosen(
+    trials: Sequence[Trial], experts: Sequence[str | None], config: EvalConfig
+) -> tuple[list[Trial], tuple[str | None, ...]]:
+    """At most so many of each expert, then at most so many in all; ids are random, so the first are a sample."""
+    taken: dict[str | None, int] = {}
+    kept: list[tuple[Trial, str | None]] = []
+    for trial, expert in zip(trials, experts, strict=True):
+        taken[expert] = taken.get(expert, 0) + 1
+        if config.per_expert is None or taken[expert] <= config.per_expert:
+            kept.append((trial, expert))
+    kept = kept[: config.documents]
+    return [trial for trial, _ in kept], tuple(expert for _, expert in kept)
+
+
+def _key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
+    """A hash of all that decides the scores but the methods asked for, so that more of them can be added later."""
+    values = as_dict(config) | {"methods": None, "cut": [cut.query, cut.prefix, cut.length]}
+    bank = engine.bank.manifest.digest
+    identity = [
+        bank,
+        values,
+        as_dict(engine.config),
+        engine.base_variant,
+        engine.encoder.fingerprint,
+        torch.__version__,
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _kept(bench: Bench, name: str, run: Any) -> Scores:
+    """The scores of a method: from an earlier run, or made now and kept."""
+    file = f"scores-{name}.json"
+    if not bench.work.has(file):
+        started = time.perf_counter()
+        scores = run()
+        bench.work.write_json(file, {"scores": as_dict(scores), "wall": time.perf_counter() - started})
+    return TypeAdapter(Scores).validate_python(bench.work.read_json(file)["scores"])
+
+
+def _seconds(bench: Bench, now: float) -> float:
+    """Wall time of all methods, those of earlier runs too."""
+    files = bench.work.path.glob("scores-*.json")
+    earlier = sum(float(json.loads(file.read_text(encoding="utf-8"))["wall"]) for file in files)
+    return max(now, earlier)
+
+
+def _empty(bench: Bench, experts: tuple[str | None, ...], checks: tuple[Check, ...], command: str) -> Results:
+    manifest, config = bench.engine.bank.manifest, bench.config
+    return Results(
+        format=FORMAT,
+        corpus={
+            "bank": manifest.digest,
+            "prefix_tokens": bench.cut.prefix,
+            "query_tokens": bench.cut.query,
+            "length_tokens": bench.cut.length,
+            "test_documents": len(bench.trials),
+            "tune_documents": len(bench.tune),
+            "bank_training_tokens": bench.bank_tokens,
+        }
+        | {name: value for name, value in manifest.corpus.items() if name.startswith("split_")},
+        config={
+            "eval": as_dict(config),
+            "route": as_dict(bench.engine.config),
+            "build": manifest.config,
+            "base": manifest.base.id,
+            "base_variant": bench.engine.base_variant,
+            "encoder": manifest.encoder.id,
+            "experts": len(manifest.experts),
+            "routable": len(bench.engine.bank.routable()),
+            "versions": manifest.versions,
+            "machine": _machine(),
+            "command": command,
+        },
+        documents=tuple(trial.document for trial in bench.trials),
+        experts=experts,
+        tokens=tuple(trial.passage.predicted for trial in bench.trials),
+        bytes=tuple(len(trial.suffix.encode()) for trial in bench.trials),
+        methods=(),
+        comparisons=(),
+        checks=checks,
+        seconds=0.0,
+    )
+
+
+def _machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _result(name: str, title: str | None, scores: Scores, bench: Bench, results: Results) -> MethodResult:
+    tokens = [results.tokens[place] for place in scores.documents]
+    size = sum(results.bytes[place] for place in scores.documents)
+    active = [len(experts) for experts, _, _ in scores.mixes]
+    per_token = [nll / count for nll, count in zip(scores.nll, tokens, strict=True)]
+    return MethodResult(
+        name=name,
+        title=(title if title is not None else name).splitlines()[0].rstrip("."),
+        default=name == DEFAULT,
+        documents=scores.documents,
+        nll=scores.nll,
+        perplexity=perplexity(scores.nll, tokens),
+        perplexity_documents=float(np.exp(np.mean(per_token))),
+        bits_per_byte=float(sum(scores.nll) / np.log(2) / size) if size else float("nan"),
+        training_tokens=scores.training_tokens,
+        active_mean=float(np.mean(active)) if active else None,
+        active_max=max(active) if active else None,
+        fallbacks=float(np.mean([fallback for _, _, fallback in scores.mixes])) if scores.mixes else None,
+        seconds={
+            stage: Spread(float(np.median(values)), float(np.quantile(values, 0.95)))
+            for stage, values in scores.seconds.items()
+            if values
+        },
+        note=scores.note,
+        detail=scores.detail | {"mixes": [[list(names), list(weights)] for names, weights, _ in scores.mixes]},
+    )
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """Two methods on the documents that both were scored on."""
+
+    ours: list[float]
+    theirs: list[float]
+    tokens: list[int]
+
+
+def _paired(method: MethodResult, baseline: MethodResult, tokens: Sequence[int]) -> _Paired:
+    own = dict(zip(method.documents, method.nll, strict=True))
+    other = dict(zip(baseline.documents, baseline.nll, strict=True))
+    both = sorted(own.keys() & other.keys())
+    return _Paired([own[p] for p in both], [other[p] for p in both], [tokens[p] for p in both])
+
+
+def _comparisons(results: Results, seed: int) -> tuple[ComparisonRow, ...]:
+    rows = []
+    for name in BASELINES:
+        baseline = results.method(name)
+        if baseline is None:
+            continue
+        for method in results.methods:
+            if method.name == name:
+                continue
+            pair = _paired(method, baseline, results.tokens)
+            if not pair.tokens:
+                continue
+            found = compare(pair.ours, pair.theirs, pair.tokens, seed)
+            interval = (found.low, found.high)
+            row = ComparisonRow(method.name, name, method.default, found.gain, interval, found.documents, found.verdict)
+            rows.append(row)
+    return tuple(rows)
+
+
+def closed_gap(results: Results, method: str = DEFAULT, near: str = "trunk", far: str = "ttt-trunk") -> dict[str, Any]:
+    """Which share of the gap from `near` to `far` a method closes, on the documents that all three were scored on.
+
+    {"share", "interval", "documents"}, or {"share": None, "found": why} where there is no gap or no such method.
+    """
+    three = [results.method(name) for name in (method, near, far)]
+    if any(one is None for one in three):
+        return {"share": None, "found": f"{method}, {near} and {far} were not all scored"}
+    scored = [dict(zip(one.documents, one.nll, strict=True)) for one in three if one is not None]
+    both = sorted(scored[0].keys() & scored[1].keys() & scored[2].keys())
+    ours, start, goal = ([nll[place] for place in both] for nll in scored)
+    found = gap_share(ours, start, goal)
+    if found is None:
+        return {"share": None, "found": f"{far} is not shown to be better than {near} on these {len(both)} documents"}
+    return {"share": found.share, "interval": [found.low, found.high], "documents": found.documents}
