@@ -102,15 +102,17 @@ class RouteConfig:
     """How a prompt's embedding becomes weights over experts (specification, "Routing")."""
 
     router: str = "sparse_softmax"
-    """Name in the registry: sparse_softmax, threshold, nearest, uniform, or another package's."""
+    """Name in the registry: sparse_softmax, threshold, members, sift, nearest, uniform, or another package's."""
     beta: Annotated[float, Field(ge=0)] | None = None
     """Temperature β of softmax(s/β); none = found on the tune documents for `active` experts; 0 = the nearest alone."""
     tau: Fraction = 0.01
     """Experts whose softmax weight is not above τ are dropped."""
     active: Annotated[float, Field(ge=1)] = 3.0
-    """Wanted mean number of active experts: β is the largest that keeps to it."""
+    """Wanted mean number of active experts: β is the largest that keeps to it; sift, uniform: the nearest ones."""
     max_experts: Positive = 50
     """Never more experts than this in one mix."""
+    sift_lambda: Annotated[float, Field(ge=1e-6)] = 0.01
+    """Router sift: noise variance λ; the larger, the less an expert loses to nearer ones that are like it."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from localmoe import routing
 from localmoe.config import RouteConfig
 from localmoe.errors import BankError, ConfigError, LocalMoEError, PromptError, UnknownNameError, UsageError
-from localmoe.routing import Centroids, Mix, find_beta, route, routers, similarities, sparse_softmax
+from localmoe.routing import (
+    Centroids,
+    Mix,
+    beta_scores,
+    find_beta,
+    mean_similarities,
+    route,
+    routers,
+    similarities,
+    sparse_softmax,
+    variance_reductions,
+    weights,
+)
 
 CONFIG = RouteConfig(beta=0.05, tau=0.01)
 ROUTERS = tuple(routers)
@@ -29,7 +41,13 @@ def units(rows: int, dim: int, seed: int) -> Tensor:
 
 
 def bank(experts: int, dim: int = 24, seed: int = 0) -> Centroids:
-    return Centroids(tuple(f"e{k:06d}" for k in range(experts)), units(experts, dim, seed), "digest")
+    means = 0.3 * units(experts, dim, seed + 100) + 0.5 * units(experts, dim, seed)
+    return Centroids(tuple(f"e{k:06d}" for k in range(experts)), units(experts, dim, seed), "digest", means)
+
+
+def means_of(centroids: Centroids) -> Tensor:
+    assert centroids.means is not None
+    return centroids.means
 
 
 def weights_of(mix: Mix) -> dict[str, float]:
@@ -60,6 +78,17 @@ def threshold_oracle(scores: list[float], beta: float, tau: float, most: int) ->
     kept = kept if kept else [nearest_of(scores)]
     total = math.fsum(share[k] for k in kept)
     return [share[k] / total if k in kept else 0.0 for k in range(len(share))]
+
+
+def sift_oracle(query: Tensor, vectors: Tensor, noise: float) -> list[float]:
+    """Weights by solving with K + λI anew for every n; vectors: the nearest first."""
+    variances = [1.0]
+    for n in range(1, len(vectors) + 1):
+        some = vectors[:n].double()
+        k = some @ query.double()
+        matrix = some @ some.T + noise * torch.eye(n, dtype=torch.float64)
+        variances.append(1 - float(k @ torch.linalg.solve(matrix, k)))
+    return [(before - after) / (1 - variances[-1]) for before, after in pairwise(variances)]
 
 
 def cosines(query: Tensor, centroids: Centroids) -> list[float]:
@@ -132,6 +161,76 @@ def test_nearest_takes_one_expert() -> None:
     assert mix == Mix(("c",), (1.0,), "linear", "digest", None)
 
 
+@pytest.mark.parametrize("noise", [1e-6, 0.01, 1.0, 100.0])
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_sift_weighs_by_what_each_nearest_centroid_takes_off_the_variance(noise: float, count: int) -> None:
+    centroids, queries = bank(12, dim=16), units(5, 16, 1)
+    config = RouteConfig(router="sift", active=count, sift_lambda=noise)
+    for query, mix in zip(queries, route(queries, centroids, config), strict=True):
+        order = torch.tensor(cosines(query, centroids)).argsort(descending=True)[:count].tolist()
+        expected = sift_oracle(query, centroids.vectors[order], noise)
+        named = {centroids.experts[k]: w for k, w in zip(order, expected, strict=True)}
+        assert weights_of(mix) == pytest.approx(named, abs=2e-6)
+
+
+def test_reductions_sum_to_the_variance_that_all_centroids_take_off() -> None:
+    vectors, query = units(9, 16, 0).double(), units(1, 16, 1)[0].double()
+    near, gram = vectors @ query, vectors @ vectors.T
+    whole = near @ torch.linalg.solve(gram + 0.1 * torch.eye(9).double(), near)
+    assert variance_reductions(near, gram, 0.1).sum().item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("copies", [2, 5, 20])
+def test_copies_of_an_expert_share_its_weight_under_sift_and_multiply_it_under_softmax(copies: int) -> None:
+    vectors, query = units(4, 16, 0), units(1, 16, 1)
+    nearest = int((vectors @ query[0]).argmax())
+    names = tuple("abcd")
+    once = Centroids(names, vectors, "digest")
+    many = Centroids(
+        (*names, *(f"copy{n:02d}" for n in range(copies - 1))),
+        torch.cat([vectors, vectors[nearest].expand(copies - 1, -1)]),
+        "digest",
+    )
+
+    def share(centroids: Centroids, config: RouteConfig) -> float:
+        (mix,) = route(query, centroids, config)
+        return sum(w for expert, w in weights_of(mix).items() if expert == names[nearest] or "copy" in expert)
+
+    sift = RouteConfig(router="sift", active=4 + copies, sift_lambda=1e-3)
+    assert share(many, sift) == pytest.approx(share(once, sift), abs=2e-3)
+    softmax = RouteConfig(beta=1.0, tau=0.0)
+    assert share(many, softmax) > share(once, softmax) + 0.1
+
+
+def test_where_sift_finds_nothing_in_common_the_nearest_is_taken_and_the_mix_says_so() -> None:
+    centroids = Centroids(("a", "b"), torch.eye(3)[:2], "digest")
+    (mix,) = route(torch.eye(3)[2:], centroids, RouteConfig(router="sift"))
+    assert weights_of(mix) == {"a": 1.0}
+    assert mix.fallback is not None and "right angles" in mix.fallback
+
+
+def test_members_weighs_by_the_mean_squared_distance_to_an_experts_documents() -> None:
+    documents, queries = units(60, 16, 0), units(4, 16, 1)
+    parts = documents.split([10, 35, 15])
+    means = torch.stack([part.double().mean(0).float() for part in parts])
+    centroids = Centroids(("a", "b", "c"), torch.nn.functional.normalize(means), "digest", means)
+    for query, mix in zip(queries, route(queries, centroids, RouteConfig(router="members", beta=0.05)), strict=True):
+        distances = [float((part.double() - query.double()).square().sum(1).mean()) for part in parts]
+        expected = sparse_softmax_oracle([-distance / 2 for distance in distances], 0.05, 0.01)
+        named = {expert: w for expert, w in zip("abc", expected, strict=True) if w > 0}
+        assert weights_of(mix) == pytest.approx(named, abs=1e-5)
+
+
+def test_beta_is_found_on_the_scores_that_the_router_reads() -> None:
+    centroids, queries = bank(40), units(30, 24, 1)
+    assert torch.equal(beta_scores(queries, centroids, "sparse_softmax"), similarities(queries, centroids))
+    scores = beta_scores(queries, centroids, "members")
+    assert torch.equal(scores, mean_similarities(queries, centroids))
+    found = find_beta(scores, 3.0, 0.01, 50)
+    mixes = route(queries, centroids, RouteConfig(router="members", beta=found.beta))
+    assert sum(len(mix.experts) for mix in mixes) / 30 == pytest.approx(found.active)
+
+
 # --- edges of β, τ and K --------------------------------------------------------------------------------
 
 
@@ -145,7 +244,7 @@ def test_beta_zero_is_the_nearest_alone_and_no_fallback(router: str) -> None:
 @every_router
 def test_ties_go_to_the_lowest_index(router: str) -> None:
     vectors = torch.eye(4)[[1, 0, 0, 0]]
-    centroids = Centroids(("d", "c", "b", "a"), vectors, "digest")
+    centroids = Centroids(("d", "c", "b", "a"), vectors, "digest", vectors / 2)
     config = RouteConfig(router=router, beta=0.05, active=1, max_experts=1)
     assert route(torch.eye(4)[:1], centroids, config)[0].experts == ("c",)
     config = RouteConfig(router=router, beta=0.0, active=1)
@@ -202,8 +301,8 @@ def test_without_experts_every_mix_is_the_base_model_and_says_so() -> None:
 
 def test_beyond_the_limit_softmax_acts_on_the_nearest_only(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.tensor([[0.1, 0.5, 0.3, 0.5, 0.2, 0.0]], dtype=torch.float64)
-    monkeypatch.setattr(routing, "_ALL", 5)
-    monkeypatch.setattr(routing, "_NEAREST", 3)
+    monkeypatch.setattr(weights, "_ALL", 5)
+    monkeypatch.setattr(weights, "_NEAREST", 3)
     expected = sparse_softmax_oracle([0.5, 0.3, 0.5], 0.3, 0.01)
     assert sparse_softmax(scores, 0.3, 0.01)[0, 1:4].tolist() == pytest.approx(expected, abs=1e-12)
     assert sparse_softmax(scores, 0.3, 0.01)[0, [0, 4, 5]].tolist() == [0, 0, 0]
@@ -239,7 +338,7 @@ def test_every_router_returns_sorted_experts_with_fp32_weights_that_sum_to_one(
 @pytest.mark.parametrize("experts", [1, 7, 33, 1000])
 def test_mixes_are_bit_equal_whatever_else_is_in_the_batch(router: str, experts: int) -> None:
     centroids, queries = bank(experts, dim=65), units(64, 65, 1)
-    config = RouteConfig(router=router, beta=0.03, tau=0.001, max_experts=600)
+    config = RouteConfig(router=router, beta=0.03, tau=0.001, active=30, max_experts=600)
     alone = [route(query[None], centroids, config)[0] for query in queries]
     assert route(queries, centroids, config) == alone
     assert route(queries[10:17], centroids, config) == alone[10:17]
@@ -256,11 +355,11 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @every_router
 def test_mixes_are_bit_equal_with_any_number_of_threads(router: str, set_threads: Callable[[int], None]) -> None:
     centroids, queries = bank(500, dim=130), units(70, 130, 1)
-    config = RouteConfig(router=router, beta=0.03, tau=0.0, max_experts=500)
+    config = RouteConfig(router=router, beta=0.03, tau=0.0, active=100, max_experts=500)
     mixes = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        mixes.append(route(queries, Centroids(centroids.experts, centroids.vectors, "digest"), config))
+        mixes.append(route(queries, replace(centroids), config))
     assert mixes[0] == mixes[1] == mixes[2]
 
 
@@ -276,7 +375,8 @@ def test_weights_over_very_many_experts_are_bit_equal_whatever_else_is_in_the_ba
 @given(order=st.permutations(range(40)), beta=st.sampled_from([0.01, 0.1, 1.0]))
 def test_the_order_of_the_experts_does_not_matter_to_a_bit(router: str, order: list[int], beta: float) -> None:
     centroids, queries = bank(40), units(3, 24, 1)
-    permuted = Centroids(tuple(centroids.experts[k] for k in order), centroids.vectors[order], "digest")
+    experts = tuple(centroids.experts[k] for k in order)
+    permuted = Centroids(experts, centroids.vectors[order], "digest", means_of(centroids)[order])
     config = RouteConfig(router=router, beta=beta, tau=0.001, active=5)
     assert route(queries, permuted, config) == route(queries, centroids, config)
 
@@ -286,9 +386,10 @@ def test_granted_experts_are_routed_to_the_bit_as_in_a_bank_that_holds_no_others
     everyone, queries = bank(300, dim=65), units(8, 65, 1)
     granted = list(range(3, 300, 7))
     scores = similarities(queries, everyone)
-    gathered = Centroids(tuple(everyone.experts[k] for k in granted), everyone.vectors[granted], "digest")
+    experts, means = tuple(everyone.experts[k] for k in granted), means_of(everyone)[granted]
+    gathered = Centroids(experts, everyone.vectors[granted], "digest", means)
     assert torch.equal(similarities(queries, gathered), scores[:, granted])
-    alone = Centroids(gathered.experts, torch.stack([everyone.vectors[k].clone() for k in granted]), "digest")
+    alone = Centroids(experts, torch.stack([everyone.vectors[k].clone() for k in granted]), "digest", means.clone())
     config = RouteConfig(router=router, beta=0.05, tau=0.001)
     assert route(queries, gathered, config) == route(queries, alone, config)
 
@@ -387,6 +488,20 @@ def test_s46_centroids_that_cannot_be_right_are_refused(
 ) -> None:
     with pytest.raises(BankError, match=message):
         Centroids(experts, vectors, "digest")
+
+
+@pytest.mark.parametrize(
+    "means",
+    [torch.eye(3)[:2], torch.eye(2).double(), torch.eye(2) * 1.1, torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])],
+)
+def test_means_that_cannot_be_right_are_refused(means: Tensor) -> None:
+    with pytest.raises(BankError, match="not those of unit vectors"):
+        Centroids(("a", "b"), torch.eye(2), "digest", means)
+
+
+def test_a_router_on_means_that_are_not_known_is_refused() -> None:
+    with pytest.raises(BankError, match="means of the experts' documents are not known"):
+        route(torch.eye(2), Centroids(("a", "b"), torch.eye(2), "digest"), RouteConfig(router="members", beta=0.1))
 
 
 # --- β for a wanted number of experts -------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from localmoe.config import Recipe
+from localmoe.config import Recipe, RouteConfig, default_of
 from localmoe.errors import BankError
 
 FORMAT: Final = 1
@@ -81,6 +81,7 @@ class RouterRecord:
     max_experts: Annotated[int, Field(ge=1)]
     active: Annotated[float, Field(ge=0)]
     wanted: Annotated[float, Field(ge=0)]
+    sift_lambda: Annotated[float, Field(gt=0)] = default_of(RouteConfig, "sift_lambda")
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -16,7 +16,7 @@ from localmoe.config import RouteConfig
 from localmoe.encoders import Encoder, encoder_mark, load_encoder
 from localmoe.errors import BankError, ConfigError, PromptError
 from localmoe.models import recall, remember
-from localmoe.routing import WITHOUT_BETA, Centroids, Mix, find_beta, route, similarities
+from localmoe.routing import ON_MEANS, WITHOUT_BETA, Centroids, Mix, beta_scores, find_beta, route
 
 Conversation = Sequence[dict[str, str]]
 """Turns of a chat: {"role": "user", "content": "..."}."""
@@ -103,31 +103,33 @@ def open_encoder(bank: Bank, encoder: str | None = None) -> Encoder:
 def route_config(bank: Bank, changes: Mapping[str, Any]) -> RouteConfig:
     """How to route in a bank: as its manifest says, but for `changes` (fields of RouteConfig).
 
-    With another `active` and no `beta`, β is found anew (for a router that reads it), on the embeddings of the bank's
-    public tune documents.
+    Without a `beta`, β is found anew, on the embeddings of the bank's public tune documents, if `active` is given or
+    the router reads other scores than the bank's (`ON_MEANS`).
     Raises ConfigError for a field or value that RouteConfig refuses, or if β cannot be found.
     """
     record = bank.manifest.router
     wanted = max(1.0, record.wanted)  # a bank that was not built may not have wanted any number
     fields = {"router": record.name, "beta": record.beta, "tau": record.tau, "active": wanted}
     try:
-        values = fields | {"max_experts": record.max_experts} | dict(changes)
+        values = fields | {"max_experts": record.max_experts, "sift_lambda": record.sift_lambda} | dict(changes)
         config = TypeAdapter(RouteConfig).validate_python(values)
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
         what = f"route.{name} = {problem['input']!r}: {problem['msg'].lower()}"
         raise ConfigError(what, "the options and their defaults: localmoe route --help") from error
-    if "active" in changes and "beta" not in changes and config.router not in WITHOUT_BETA:
+    unknown = "active" in changes or (config.router in ON_MEANS) != (record.name in ON_MEANS)
+    if unknown and "beta" not in changes and config.router not in WITHOUT_BETA:
         return replace(config, beta=_beta(bank, config))
     return config
 
 
 def routable_centroids(bank: Bank) -> Centroids:
-    """The centroids of the experts that routing may use, in the order of their rows."""
+    """Centroids and means of the experts that routing may use, in the order of their rows."""
     records = bank.routable()
-    vectors = bank.centroids()[[record.row for record in records]].contiguous()
-    return Centroids(tuple(record.id for record in records), vectors, bank.manifest.digest)
+    rows = [record.row for record in records]
+    vectors, means = bank.centroids()[rows], bank.means()[rows]
+    return Centroids(tuple(record.id for record in records), vectors, bank.manifest.digest, means)
 
 
 def query_of(conversation: Conversation) -> str:
@@ -142,9 +144,10 @@ def _beta(bank: Bank, config: RouteConfig) -> float:
     rows = [row for row, split in enumerate(splits) if split == "tune" and not access[row]]
     if len(rows) < ENOUGH:
         raise ConfigError(
-            f"{config.active:g} active experts: β is found on tune documents, and the bank has {len(rows)} public ones",
+            f"router {config.router!r}, {config.active:g} active experts: β is found on tune documents, "
+            f"and the bank has {len(rows)} public ones",
             "give β itself: --beta 0.05",
         )
     queries = torch.nn.functional.normalize(torch.from_numpy(bank.embeddings()[rows].astype(np.float32)), dim=1)
-    scores = similarities(queries, routable_centroids(bank))
+    scores = beta_scores(queries, routable_centroids(bank), config.router)
     return find_beta(scores, config.active, config.tau, config.max_experts).beta

@@ -32,7 +32,13 @@ def route_data(bank: Bank, mix: Mix, near: list[Neighbour], config: RouteConfig)
     return {
         "mix": mix_data(bank, mix),
         "nearest": [dataclasses.asdict(neighbour) for neighbour in near],
-        "router": {"name": config.router, "beta": config.beta, "tau": config.tau, "max_experts": config.max_experts},
+        "router": {
+            "name": config.router,
+            "beta": config.beta,
+            "tau": config.tau,
+            "sift_lambda": config.sift_lambda,
+            "max_experts": config.max_experts,
+        },
     }
 
 
@@ -78,7 +84,11 @@ def show_route(console: Console, data: dict[str, Any], bank: Bank, mix: Mix) -> 
         console.print(rows)
     router = data["router"]
     console.print()
-    console.print(f"{router['name']}, β = {router['beta']:.3g}, τ = {router['tau']:g}", style="dim")
+    if router["name"] == "sift":
+        settings = f"λ = {router['sift_lambda']:g}"
+    else:
+        settings = f"β = {router['beta']:.3g}, τ = {router['tau']:g}"
+    console.print(f"{router['name']}, {settings}", style="dim")
 
 
 def show_cost(console: Console, answer: Answer) -> None:

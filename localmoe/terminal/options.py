@@ -108,11 +108,16 @@ def build_options(function: F) -> F:
 def routing_options(function: F) -> F:
     """Options that differ from what the bank says; none is a default of ours."""
     names = {
-        "router": ("--router", str, "Router, by name, e.g. nearest."),
+        "router": (
+            "--router",
+            str,
+            "Router: sparse_softmax, threshold, members, sift, nearest, uniform, or another package's.",
+        ),
         "beta": ("--beta", float, "Temperature β; 0 = the nearest expert alone."),
         "tau": ("--tau", float, "Leave out experts whose softmax weight is not above τ."),
         "active": ("--active", float, "Find β anew for this mean number of active experts."),
         "max_experts": ("--max-experts", int, "Never more experts than this."),
+        "sift_lambda": ("--sift-lambda", float, "λ of the router sift."),
     }
     return _apply(
         function,

@@ -16,7 +16,7 @@ from localmoe.config import RouteConfig
 from localmoe.lora import Adapter, attached
 from localmoe.models import packed
 from localmoe.packing import Passage, token_nll
-from localmoe.routing import Centroids, find_beta, route, similarities
+from localmoe.routing import Centroids, beta_scores, find_beta, route
 
 ENOUGH = 3
 """An adapter that fewer tune documents are near to is `unchecked`."""
@@ -83,7 +83,7 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     wanted = min(config.active, max(1.0, (count + 1) / 2))
 
     def record(beta: float, active: float) -> RouterRecord:
-        return RouterRecord(config.router, beta, config.tau, config.max_experts, active, wanted)
+        return RouterRecord(config.router, beta, config.tau, config.max_experts, active, wanted, config.sift_lambda)
 
     if not centroids.experts:
         return record(0.0 if config.beta is None else config.beta, 0.0), "no expert may be routed to"
@@ -94,7 +94,7 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     if config.beta is not None:
         beta = config.beta
     else:
-        beta = find_beta(similarities(prompts, centroids), wanted, config.tau, config.max_experts).beta
+        beta = find_beta(beta_scores(prompts, centroids, config.router), wanted, config.tau, config.max_experts).beta
     mixes = route(prompts, centroids, replace(config, beta=beta))
     note = ""
     if config.beta is None and wanted < config.active:

@@ -52,11 +52,9 @@ def choose_router(
 ) -> RouterRecord:
     """β from the first tokens of public tune documents and public experts."""
     usable = [expert for expert in experts if not expert.access and expert.outcome.status in ("good", "unchecked")]
-    centroids = Centroids(
-        tuple(expert.id for expert in usable),
-        torch.from_numpy(np.ascontiguousarray(ground.clusters.centroids[[expert.row for expert in usable]])),
-        "",
-    )
+    rows = [expert.row for expert in usable]
+    vectors, means = (torch.from_numpy(part[rows]) for part in (ground.clusters.centroids, ground.clusters.means))
+    centroids = Centroids(tuple(expert.id for expert in usable), vectors, "", means)
     prefixes = []
     for _, document in ground.work.chosen(ground.rows.where("tune", ())):
         ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]

@@ -1,5 +1,6 @@
 """Prompt routing: neighbours whatever the size of a block, and β where a router needs one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,21 @@ def test_only_a_router_that_reads_beta_needs_tune_documents_for_another_number_o
         route_config(bank, {"active": 4})
     assert route_config(bank, {"active": 4, "router": "uniform"}).active == 4
     assert route_config(bank, {"active": 4, "beta": 0.1}).beta == 0.1
+
+
+def test_the_router_on_means_gets_a_beta_of_its_own(tiny_bank: Path, tiny_encoder: Path) -> None:
+    bank = Bank.open(tiny_bank)
+    members = route_config(bank, {"router": "members"})
+    assert members.beta == route_config(bank, {"router": "members", "active": members.active}).beta
+    assert members.beta != bank.manifest.router.beta == route_config(bank, {"router": "threshold"}).beta
+    assert route_config(bank, {"router": "members", "beta": 0.1}).beta == 0.1
+    assert open_router(tiny_bank, str(tiny_encoder), {"router": "members"}).route(tiny.sentence("sea", 1)).experts
+
+
+def test_the_noise_of_sift_is_the_banks_unless_it_is_changed(tiny_bank: Path) -> None:
+    bank = Bank.open(tiny_bank)
+    bank.manifest = replace(bank.manifest, router=replace(bank.manifest.router, sift_lambda=0.5))
+    assert route_config(bank, {}).sift_lambda == 0.5
+    assert route_config(bank, {"sift_lambda": 2.0}).sift_lambda == 2.0
+    with pytest.raises(ConfigError, match="sift_lambda"):
+        route_config(bank, {"sift_lambda": 0.0})
