@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from localmoe.config import GenerateConfig
 from localmoe.errors import BankError, ConfigError, PartialError, PromptError, UsageError
+from localmoe.quantities import bytes_text, duration_text
 from localmoe.terminal.chat import _messages
 from localmoe.terminal.plans import histogram
 from localmoe.terminal.progress import LINE_EVERY, Lines, clock_text, show_json, watching
-from localmoe.terminal.screen import bar, bytes_text, duration_text, plain, readable_warnings, show_error
+from localmoe.terminal.screen import bar, plain, readable_warnings, show_error
 from localmoe.terminal.summary import open_for_info, raise_for_failed, unfinished, unfinished_text
 from localmoe.terminal.verbs import checked, prompt_text
 from localmoe.train.progress import Event

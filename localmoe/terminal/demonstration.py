@@ -13,10 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from localmoe import demo
 from localmoe.bank.store import Bank
 from localmoe.evaluate.statistics import Comparison
+from localmoe.quantities import duration_text
 from localmoe.runtime.engine import Engine, open_engine
 from localmoe.terminal.mixes import show_mix
 from localmoe.terminal.progress import watching
-from localmoe.terminal.screen import duration_text, facts, plain, remarks, results, table
+from localmoe.terminal.screen import facts, plain, remarks, results, table
 from localmoe.train.pipeline import build
 
 

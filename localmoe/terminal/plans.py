@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from localmoe.terminal.screen import bar, bytes_text, duration_text, facts, plain, table
+from localmoe.quantities import bytes_text, duration_text
+from localmoe.terminal.screen import bar, facts, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console

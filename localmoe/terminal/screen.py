@@ -1,4 +1,4 @@
-"""The screen: consoles for results (stdout) and all else (stderr), errors, warnings, and numbers for people."""
+"""The screen: consoles for results (stdout) and all else (stderr), errors, warnings, tables and bars."""
 
 from __future__ import annotations
 
@@ -101,24 +101,6 @@ def bar(share: float, width: int = 20) -> str:
     """A bar of at most `width` cells for a share in [0, 1]; anything above nothing shows."""
     cells = round(share * width)
     return "█" * cells if cells > 0 or share <= 0 else "▏"
-
-
-def bytes_text(count: float) -> str:
-    """`"3.1 MB"`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def duration_text(seconds: float) -> str:
-    """`"250 ms"`, `"2.1 s"`, `"45 s"`, `"12 min"`, `"3.4 h"`, `"2.1 days"`."""
-    if seconds < 90:
-        return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.{1 if seconds < 10 else 0}f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _say(word: str, style: str, text: str) -> None:

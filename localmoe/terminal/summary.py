@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmoe.errors import BankError, PartialError
-from localmoe.terminal.screen import bytes_text, facts, plain, table
+from localmoe.quantities import bytes_text
+from localmoe.terminal.screen import facts, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,0 +1,121 @@
+"""Drawing: matplotlib, in one style, to PNG and to SVG that takes the colours of the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localmoe.errors import UsageError
+
+COLOURS = ("#2f7ebc", "#d9731a", "#1f9e77", "#c0519e", "#8d7b14", "#7567c4", "#b5493f", "#5b8f3a")
+"""Of lines and points; each can be told from white and from near black."""
+
+INK = "#1f2328"
+"""Of text and axes; the page's own colour in SVG."""
+
+FAINT = "#8b949e"
+"""Of grids and of what is there for reference."""
+
+MAP = "viridis"
+
+_DPI = 160
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "localmoe",
+}
+
+Draw = Callable[[Any], None]
+"""Fills a matplotlib Figure."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture: what it is called, what it shows, how large it is (inches), and how it is drawn."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Draw
+    size: tuple[float, float] = (7.0, 4.2)
+
+
+def write_png(plot: Plot, path: Path) -> Path:
+    """The plot on white. Raises UsageError without matplotlib."""
+    with _drawn(plot) as canvas:
+        canvas.savefig(path, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+    return path
+
+
+def svg(plot: Plot) -> str:
+    """The plot as an inline SVG without ground; text and axes in the colour of the page's text."""
+    target = io.StringIO()
+    with _drawn(plot) as canvas:
+        canvas.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    body = target.getvalue()
+    body = body[body.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    return re.sub(INK, "currentColor", body, flags=re.IGNORECASE)
+
+
+@contextmanager
+def _drawn(plot: Plot) -> Iterator[Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("plots need matplotlib", "pip install 'localmoe[eval]'") from error
+    with matplotlib.rc_context(_STYLE):
+        canvas = Figure(figsize=plot.size, layout="constrained")
+        plot.draw(canvas)
+        yield canvas
+
+
+def percent_axis(axis: Any) -> None:
+    """Ticks of a share as signed percent."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:+.3g} %" if value else "0"))
+
+
+def log_axis(axis: Any, values: list[float], text: Callable[[float], str]) -> None:
+    """Ticks on a logarithmic axis only where values are, written by `text`."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def seconds_axis(axis: Any) -> None:
+    """Decades of a logarithmic axis as "10 ms", "1 s", "100 s"."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 1e3:g} ms" if value < 1 else f"{value:g} s"))

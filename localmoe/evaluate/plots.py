@@ -1,0 +1,167 @@
+"""Plots of an evaluation: gain against added time, gains with intervals, gains document by document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from localmoe.evaluate.drawing import COLOURS, FAINT, INK, Plot, percent_axis, seconds_axis
+from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
+from localmoe.evaluate.tables import headline, main_baseline, nll_on
+from localmoe.evaluate.verdicts import outcome
+
+_TONES = {"better": COLOURS[2], "worse": COLOURS[6], "no difference shown": FAINT}
+_FREE = 2e-4
+"""Seconds up to which nothing is added to a prompt: a timer's own noise."""
+
+
+def plots(results: Results) -> list[Plot]:
+    """The plots for which an evaluation has the data."""
+    rows = [row for row in results.comparisons if row.baseline == main_baseline(results)]
+    found = []
+    if rows:
+        found += [_gain_against_time(results, rows), _forest(results, rows)]
+    row = headline(results)
+    if row is not None:
+        method, baseline = results.method(row.method), results.method(row.baseline)
+        if method is not None and baseline is not None:
+            found.append(_by_document(results, method, baseline))
+    return found
+
+
+def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
+    baseline = rows[0].baseline
+    timed = [(row, method) for row in rows if (method := results.method(row.method)) and "added" in method.seconds]
+    slow = [(row, method) for row, method in timed if method.seconds["added"].p50 > _FREE]
+    free = [row for row in rows if row.method not in {method.name for _, method in slow}]
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        axes.set_xscale("log")
+        left = min((method.seconds["added"].p50 for _, method in slow), default=1e-3)
+        right = max((method.seconds["added"].p50 for _, method in slow), default=1.0)
+        axes.set_xlim(left / 5, right * 12)
+        axes.axhline(0, color=INK, linewidth=0.9)
+        for row in free:
+            axes.axhline(row.gain, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        for row, method in slow:
+            colour = COLOURS[1] if method.default else COLOURS[0]
+            seconds = method.seconds["added"].p50
+            low, high = row.interval
+            axes.errorbar(
+                seconds,
+                row.gain,
+                [[row.gain - low], [high - row.gain]],
+                fmt="o",
+                color=colour,
+                markerfacecolor=colour if row.documents == len(results.documents) else "none",
+                elinewidth=1.1,
+                capsize=2.5,
+            )
+        _label_points(axes, [(m.seconds["added"].p50, row.gain, row.method) for row, m in slow])
+        _label_lines(axes, right * 11, [(0.0, baseline), *((row.gain, row.method) for row in free)])
+        seconds_axis(axes.xaxis)
+        percent_axis(axes.yaxis)
+        axes.set(xlabel="added time per prompt, median", ylabel=f"gain in perplexity over {baseline}")
+
+    caption = (
+        "What each method gains for the time that it adds to a prompt (logarithmic). Dashed lines add no time. Bars: "
+        "95 % intervals. Orange: the shipped default. Hollow: scored on some of the documents only."
+    )
+    return Plot("gain-against-time", "Gain against added time", caption, draw)
+
+
+def _label_points(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Names right of their points; left of them where another point would be in the way."""
+    low, high = axes.get_ylim()
+    step = (high - low) / 22
+    for x, y, name in points:
+        blocked = any(1 < other / x < 8 and abs(level - y) < 1.5 * step for other, level, _ in points)
+        axes.annotate(
+            name, (x / 1.25 if blocked else x * 1.25, y), va="center", ha="right" if blocked else "left", fontsize=8.5
+        )
+
+
+def _label_lines(axes: Any, x: float, lines: list[tuple[float, str]]) -> None:
+    """Names at the right end of horizontal lines, above them; those of lines close together share one place."""
+    low, high = axes.get_ylim()
+    step = (high - low) / 22
+    groups: list[list[tuple[float, str]]] = []
+    for y, name in sorted(lines, reverse=True):
+        if groups and groups[-1][0][0] - y < step:
+            groups[-1].append((y, name))
+        else:
+            groups.append([(y, name)])
+    for group in groups:
+        names = ", ".join(name for _, name in group)
+        axes.annotate(names, (x, group[0][0]), ha="right", va="bottom", fontsize=8.5)
+
+
+def _forest(results: Results, rows: list[ComparisonRow]) -> Plot:
+    ordered = sorted(rows, key=lambda row: row.gain)
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for place, row in enumerate(ordered):
+            low, high = row.interval
+            axes.errorbar(
+                row.gain,
+                place,
+                xerr=[[row.gain - low], [high - row.gain]],
+                fmt="D" if row.default else "o",
+                color=_TONES[outcome(low, high)],
+                elinewidth=2,
+                capsize=3,
+            )
+        axes.set_yticks(range(len(ordered)), [_forest_label(results, row) for row in ordered])
+        for label, row in zip(axes.get_yticklabels(), ordered, strict=True):
+            label.set_fontweight("bold" if row.default else "normal")
+        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        axes.grid(axis="y", visible=False)
+        percent_axis(axes.xaxis)
+        axes.set_xlabel(f"gain in perplexity over {ordered[0].baseline}")
+
+    caption = (
+        f"Gain of every method over {ordered[0].baseline} with its 95 % interval: green where all of it is above zero, "
+        "red where all of it is below, grey where no difference is shown. Diamond: the shipped default."
+    )
+    return Plot("gains", "Gains with their intervals", caption, draw, (7.0, 1.1 + 0.3 * len(ordered)))
+
+
+def _forest_label(results: Results, row: ComparisonRow) -> str:
+    return row.method if row.documents == len(results.documents) else f"{row.method} ({row.documents} documents)"
+
+
+def _by_document(results: Results, method: MethodResult, baseline: MethodResult) -> Plot:
+    places = sorted(set(method.documents) & set(baseline.documents))
+    ours, theirs = (np.array(nll_on(results, name.name, places)) for name in (method, baseline))
+    tokens = np.array([results.tokens[place] for place in places])
+    gains = (theirs - ours) / tokens
+    against = [("suffix tokens", tokens.astype(float), True)]
+    similarity = method.detail.get("similarity")
+    if isinstance(similarity, list | tuple) and len(similarity) == len(method.documents):
+        known = dict(zip(method.documents, similarity, strict=True))
+        values = np.array([known[place] for place in places], dtype=float)
+        against.insert(0, ("nearest centroid's similarity", values, False))
+    better = float((gains > 0).mean())
+
+    def draw(canvas: Any) -> None:
+        panels = canvas.subplots(1, len(against) + 1, sharey=True)
+        panels[0].hist(gains, bins=30, orientation="horizontal", color=COLOURS[0], alpha=0.75)
+        panels[0].set(xlabel="documents", ylabel="nats a token gained")
+        panels[0].xaxis.get_major_locator().set_params(integer=True)
+        for axes, (name, values, log) in zip(panels[1:], against, strict=True):
+            axes.scatter(values, gains, s=12, color=COLOURS[0], alpha=0.55, linewidths=0)
+            axes.set_xlabel(name)
+            if log:
+                axes.set_xscale("log")
+        for axes in panels:
+            axes.axhline(0, color=INK, linewidth=0.9)
+
+    caption = (
+        f"Every document: what {method.name} gains over {baseline.name}, in nats a token. {better:.0%} of "
+        f"{len(places):,} documents gain."
+    )
+    return Plot("by-document", "Document by document", caption, draw, (7.0, 3.4))

@@ -1,0 +1,241 @@
+"""Tables for people: columns and cells, once for terminal, Markdown and HTML alike; and those of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
+from localmoe.evaluate.statistics import compare, perplexity
+from localmoe.evaluate.verdicts import outcome, verdict
+from localmoe.quantities import duration_text, interval_text, percent
+
+BASELINES = ("fine-tuned", "trunk", "base")
+"""What methods are compared with in the main table: the first of these that there is."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, what it is sorted by, and how it is shown."""
+
+    text: str
+    value: float | None = None
+    """None: sorted by the text, after all numbers."""
+    tone: str = ""
+    """ "good", "bad", "strong" or nothing."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """The heading of a column; `right` for numbers; `help`: what it means."""
+
+    name: str
+    right: bool = False
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as there are columns; `notes` stand below."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def markdown(table: Table) -> str:
+    """The table in GitHub's Markdown, its notes below."""
+    heads = [column.name for column in table.columns]
+    rules = ["---:" if column.right else "---" for column in table.columns]
+    lines = [heads, rules, *([_markdown_cell(cell) for cell in row] for row in table.rows)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return text + "".join(f"\n{note}\n" for note in table.notes)
+
+
+def main_baseline(results: Results) -> str | None:
+    """What the main table compares with; None if the evaluation compared nothing."""
+    known = [row.baseline for row in results.comparisons]
+    return next((name for name in (*BASELINES, *known) if name in known), None)
+
+
+def comparison(results: Results, method: str, baseline: str | None) -> ComparisonRow | None:
+    """The comparison of a method with a baseline, if it was made."""
+    rows = (row for row in results.comparisons if row.method == method and row.baseline == baseline)
+    return next(rows, None)
+
+
+def headline(results: Results) -> ComparisonRow | None:
+    """The comparison that an evaluation is about: the shipped default with the main baseline."""
+    rows = [row for row in results.comparisons if row.baseline == main_baseline(results)]
+    return next((row for row in rows if row.default), None)
+
+
+def methods_table(results: Results) -> Table:
+    """Quality and cost of every method: perplexity, gain, experts, fall-backs, time, training tokens."""
+    baseline = main_baseline(results)
+    over = "" if baseline is None else f" over {baseline}"
+    columns = (
+        Column("method"),
+        Column("perplexity", True, "exp of the mean nll of a suffix token; lower is better"),
+        Column(f"gain{over}", True, "1 − perplexity ratio on the same documents, 95 % interval; positive is better"),
+        Column("documents", True, "held-out documents that it was scored on"),
+        Column("experts", True, "active experts of a prompt: mean (most)"),
+        Column("fall-backs", True, "prompts for which no expert passed the threshold"),
+        Column("added", True, "time that a prompt waits beside the base model's own work, median"),
+        Column("p95", True, "the same, 95th percentile"),
+        Column("trained on", True, "label tokens that were trained on to make this model"),
+    )
+    rows = tuple(
+        _method_cells(results, method, comparison(results, method.name, baseline)) for method in results.methods
+    )
+    notes = [f"{method.name}: {method.note}" for method in results.methods if method.note]
+    if len({method.documents for method in results.methods}) > 1:
+        notes.append("Perplexities over different documents cannot be compared; gains are over the same documents.")
+        return Table("Methods", columns, rows, tuple(notes))
+    columns, rows = columns[:3] + columns[4:], tuple(row[:3] + row[4:] for row in rows)
+    return Table("Methods", columns, rows, tuple(notes))
+
+
+def _method_cells(results: Results, method: MethodResult, row: ComparisonRow | None) -> tuple[Cell, ...]:
+    active = Cell("", None)
+    if method.active_mean is not None:
+        most = "" if method.active_max is None else f" ({method.active_max})"
+        active = Cell(f"{method.active_mean:.1f}{most}", method.active_mean)
+    fallbacks = Cell("") if method.fallbacks is None else Cell(f"{method.fallbacks:.1%}", method.fallbacks)
+    added = method.seconds.get("added")
+    times = [Cell(""), Cell("")]
+    if added is not None:
+        times = [Cell(duration_text(value), value) for value in (added.p50, added.p95)]
+    return (
+        method_cell(method),
+        Cell(f"{method.perplexity:.3f}", method.perplexity),
+        Cell("") if row is None else gain_cell(row.gain, *row.interval),
+        Cell(f"{len(method.documents):,}", len(method.documents)),
+        active,
+        fallbacks,
+        *times,
+        Cell(f"{method.training_tokens:,}", method.training_tokens),
+    )
+
+
+def method_cell(method: MethodResult) -> Cell:
+    """A method's name; the shipped default says so."""
+    return Cell(f"{method.name} (default)" if method.default else method.name, None, "strong" if method.default else "")
+
+
+def gain_cell(gain: float, low: float, high: float) -> Cell:
+    """A gain with its interval, in the tone of its outcome."""
+    tone = {"better": "good", "worse": "bad"}.get(outcome(low, high), "")
+    return Cell(interval_text(gain, low, high), gain, tone)
+
+
+def comparisons_table(results: Results) -> Table:
+    """Every comparison that was made, in words."""
+    columns = (Column("method"), Column("baseline"), Column("gain", True), Column("documents", True), Column("verdict"))
+    rows = tuple(
+        (
+            Cell(row.method, None, "strong" if row.default else ""),
+            Cell(row.baseline),
+            gain_cell(row.gain, *row.interval),
+            Cell(f"{row.documents:,}", row.documents),
+            Cell(verdict(row, results)),
+        )
+        for row in results.comparisons
+    )
+    return Table("Comparisons", columns, rows)
+
+
+def subset_tables(results: Results) -> list[Table]:
+    """For every part of the documents on which only some methods were scored: all methods on this part."""
+    everything = max((method.documents for method in results.methods), key=len, default=())
+    parts = {method.documents for method in results.methods if method.documents != everything}
+    return [_subset_table(results, part) for part in sorted(parts, key=len)]
+
+
+def _subset_table(results: Results, part: Sequence[int]) -> Table:
+    baseline = main_baseline(results)
+    tokens = [results.tokens[place] for place in part]
+    known = {name: nll for name in (m.name for m in results.methods) if (nll := nll_on(results, name, part))}
+    rows = []
+    for method in results.methods:
+        if method.name not in known:
+            continue
+        gain = Cell("")
+        if baseline in known and method.name != baseline:
+            found = compare(known[method.name], known[baseline], tokens)
+            gain = gain_cell(found.gain, found.low, found.high)
+        value = perplexity(known[method.name], tokens)
+        rows.append((method_cell(method), Cell(f"{value:.3f}", value), gain))
+    over = "" if baseline is None else f" over {baseline}"
+    columns = (Column("method"), Column("perplexity", True), Column(f"gain{over}", True))
+    return Table(f"The same {len(part):,} documents for all", columns, tuple(rows))
+
+
+def nll_on(results: Results, name: str, places: Iterable[int]) -> list[float] | None:
+    """Summed nll of a method on these documents, or None if it was not scored on all of them."""
+    method = results.method(name)
+    if method is None:
+        return None
+    known = dict(zip(method.documents, method.nll, strict=True))
+    values = [known.get(place) for place in places]
+    return None if None in values else [value for value in values if value is not None]
+
+
+def experts_table(results: Results) -> Table | None:
+    """The shipped default against the main baseline, by the expert that is nearest to the document."""
+    row = headline(results)
+    if row is None or not any(results.experts):
+        return None
+    method, baseline = results.method(row.method), results.method(row.baseline)
+    if method is None or baseline is None:
+        return None
+    shared = sorted(set(method.documents) & set(baseline.documents))
+    by_expert: dict[str, list[int]] = {}
+    for place in shared:
+        by_expert.setdefault(results.experts[place] or "none", []).append(place)
+    cells = []
+    for expert, places in sorted(by_expert.items()):
+        ours, theirs = nll_on(results, method.name, places), nll_on(results, baseline.name, places)
+        if ours is None or theirs is None:
+            continue
+        tokens = [results.tokens[place] for place in places]
+        found = compare(ours, theirs, tokens)
+        cells.append(
+            (
+                Cell(expert),
+                Cell(f"{len(places):,}", len(places)),
+                Cell(f"{perplexity(theirs, tokens):.3f}", perplexity(theirs, tokens)),
+                Cell(f"{perplexity(ours, tokens):.3f}", perplexity(ours, tokens)),
+                Cell(percent(found.gain, signed=True), found.gain)
+                if len(places) < 2
+                else gain_cell(found.gain, found.low, found.high),
+            )
+        )
+    columns = (
+        Column("nearest expert"),
+        Column("documents", True),
+        Column(baseline.name, True),
+        Column(method.name, True),
+        Column("gain", True),
+    )
+    note = "Intervals of few documents are too narrow: read them as a hint of where to look."
+    return Table("By expert", columns, tuple(cells), (note,))
+
+
+def checks_table(results: Results) -> Table:
+    """The leak checks and what they found."""
+    rows = tuple(
+        (
+            Cell(check.name),
+            Cell("passed" if check.passed else "FAILED", None, "good" if check.passed else "bad"),
+            Cell(check.found),
+        )
+        for check in results.checks
+    )
+    return Table("Leak checks", (Column("check"), Column("outcome"), Column("found")), rows)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = cell.text.replace("|", "\\|").replace("\n", " ")
+    return f"**{text}**" if cell.tone == "strong" and text else text

@@ -1,0 +1,87 @@
+"""Verdicts: a comparison in words, and the smallest effect that its documents could have shown."""
+
+from __future__ import annotations
+
+from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
+from localmoe.quantities import duration_text, percent, percent_digits
+
+_NOUNS = {
+    "base": "the base model",
+    "trunk": "the trunk",
+    "fine-tuned": "the fine-tune",
+    "fine-tuned-full": "full fine-tuning",
+    "null": "merging by shuffled centroids",
+    "ttt": "test-time training",
+    "ttt-trunk": "test-time training from the trunk",
+    "context": "the nearest documents in the context",
+    "nearest": "the nearest expert alone",
+}
+_ACTS = {"merged": "merging", "ensemble": "ensembling"}
+
+
+def smallest_effect(low: float, high: float) -> float:
+    """The smallest gain that a comparison with this 95 % interval could have shown: half its width.
+
+    That is 1.96 standard errors of the paired bootstrap, were its distribution normal.
+    """
+    return (high - low) / 2
+
+
+def outcome(low: float, high: float) -> str:
+    """ "better", "worse", or "no difference shown" where the 95 % interval holds zero."""
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+
+def in_words(
+    method: str, baseline: str, gain: float, low: float, high: float, documents: int, added: float | None = None
+) -> str:
+    """A comparison as one sentence.
+
+    method, baseline: as in "merging 3 experts", "the fine-tune"; gain: relative, positive = better, with its 95 %
+    interval; added: seconds that the method adds to a prompt, if known.
+    """
+    if outcome(low, high) == "no difference shown":
+        effect = percent(smallest_effect(low, high))
+        return (
+            f"no difference shown between {method} and {baseline}; "
+            f"the smallest effect that these {documents:,} documents could show is {effect}"
+        )
+    if gain < 0:
+        gain, low, high = -gain, -high, -low
+        word = "loses to"
+    else:
+        word = "beats"
+    digits = percent_digits(gain, low, high)
+    size = f"{percent(gain, digits=digits)} [{low * 100:.{digits}f}, {high * 100:.{digits}f}]"
+    cost = "" if added is None else f" for {added_text(added)} a prompt"
+    return f"{method} {word} {baseline} by {size}{cost}"
+
+
+def verdict(row: ComparisonRow, results: Results) -> str:
+    """One comparison of an evaluation in words, with what its method adds to a prompt."""
+    method, baseline = results.method(row.method), results.method(row.baseline)
+    added = None if method is None or "added" not in method.seconds else method.seconds["added"].p50
+    return in_words(
+        row.method if method is None else noun(method),
+        row.baseline if baseline is None else noun(baseline),
+        row.gain,
+        *row.interval,
+        row.documents,
+        added,
+    )
+
+
+def noun(method: MethodResult) -> str:
+    """A method as the subject of a sentence: "merging 3 experts", "the fine-tune"."""
+    if method.name in _NOUNS:
+        return _NOUNS[method.name]
+    act = _ACTS.get(method.name.partition("-")[0])
+    if act is None or method.active_mean is None:
+        return method.title
+    count = f"{method.active_mean:.1f}".removesuffix(".0")
+    return f"{act} {count} expert{'' if count == '1' else 's'}"
+
+
+def added_text(seconds: float) -> str:
+    """`"+4 ms"`, `"+15 s"`."""
+    return f"{'-' if seconds < 0 else '+'}{duration_text(abs(seconds))}"

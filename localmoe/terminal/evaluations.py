@@ -1,0 +1,48 @@
+"""Evaluations: what `localmoe eval` shows at the end, its verdict first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from localmoe.evaluate.tables import Table, headline, methods_table, subset_tables
+from localmoe.evaluate.verdicts import outcome, verdict
+from localmoe.terminal.screen import plain, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from localmoe.evaluate.results import Results
+
+_STYLES = {"good": "green", "bad": "red", "strong": "bold"}
+_OUTCOMES = {"better": "bold green", "worse": "bold red", "no difference shown": "bold yellow"}
+
+
+def show_results(console: Console, results: Results) -> None:
+    """An evaluation: what failed, the verdict, the table, and all methods where some saw fewer documents."""
+    failed = [check for check in results.checks if not check.passed]
+    for check in failed:
+        console.print(plain(f"the leak check {check.name!r} failed: {check.found}", "bold red"), soft_wrap=True)
+    row = headline(results)
+    if row is not None:
+        console.print(plain(verdict(row, results), _OUTCOMES[outcome(*row.interval)]), soft_wrap=True)
+        console.print()
+    show_table(console, methods_table(results))
+    for part in subset_tables(results):
+        console.print()
+        show_table(console, part)
+    if results.checks and not failed:
+        console.print()
+        console.print(plain(f"all {len(results.checks)} leak checks passed", "dim"))
+
+
+def show_table(console: Console, shown: Table) -> None:
+    """A table for people, without the columns that hold nothing; its title above, its notes below."""
+    kept = [place for place in range(len(shown.columns)) if any(row[place].text for row in shown.rows)]
+    names = [shown.columns[place].name for place in kept]
+    right = tuple(shown.columns[place].name for place in kept if shown.columns[place].right)
+    rows = table(*names, right=right, title=shown.title)
+    for row in shown.rows:
+        rows.add_row(*(plain(row[place].text, _STYLES.get(row[place].tone, "")) for place in kept))
+    console.print(rows)
+    for note in shown.notes:
+        console.print(plain(note, "dim"), soft_wrap=True)
