@@ -8,14 +8,18 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import made_results
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from localmoe.config import GenerateConfig
 from localmoe.errors import BankError, ConfigError, PartialError, PromptError, UsageError
+from localmoe.evaluate.results import Check, Results
 from localmoe.quantities import bytes_text, duration_text
 from localmoe.terminal.chat import _messages
+from localmoe.terminal.evaluations import show_results
 from localmoe.terminal.plans import histogram
 from localmoe.terminal.progress import LINE_EVERY, Lines, clock_text, show_json, watching
 from localmoe.terminal.screen import bar, plain, readable_warnings, show_error
@@ -171,3 +175,25 @@ def test_failed_experts_are_an_error_of_their_own() -> None:
     raise_for_failed({"experts": [good]})
     with pytest.raises(PartialError, match=r"1 of 2 experts failed to train \(e01\): the loss became nan"):
         raise_for_failed({"experts": [good, {"id": "e01", "status": "failed", "reason": "the loss became nan"}]})
+
+
+def _shown(results: Results) -> str:
+    target = io.StringIO()
+    show_results(Console(file=target, width=130), results)
+    return target.getvalue()
+
+
+def test_an_evaluation_says_its_verdict_first_and_what_was_left_out() -> None:
+    left_out = Check("ttt was left out", True, "the bank keeps no texts")
+    text = _shown(made_results.results(checks=(Check("suffix mutation", True, "none changed"), left_out)))
+    assert text.startswith("merging 3 experts beats the fine-tune by ")
+    assert "merged (default)" in text
+    assert "The same 40 documents for all" in text
+    assert "ttt was left out: the bank keeps no texts" in text
+    assert "all 1 leak checks passed" in text
+
+
+def test_an_evaluation_says_a_failed_check_before_all_else() -> None:
+    text = _shown(made_results.failing(made_results.results()))
+    assert text.startswith("the leak check 'near duplicates' failed: 3 of 120 documents <b>stand</b> in train")
+    assert "leak checks passed" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -83,13 +84,18 @@ def svg(plot: Plot) -> str:
     return re.sub(INK, "currentColor", body, flags=re.IGNORECASE)
 
 
+def require_matplotlib() -> None:
+    """Raises UsageError without matplotlib: before an evaluation of hours, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("plots need matplotlib, which is not installed", "pip install 'localmoe[eval]'")
+
+
 @contextmanager
 def _drawn(plot: Plot) -> Iterator[Any]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("plots need matplotlib", "pip install 'localmoe[eval]'") from error
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         canvas = Figure(figsize=plot.size, layout="constrained")
         plot.draw(canvas)

@@ -104,7 +104,7 @@ def _failures(results: Results) -> list[str]:
 
 def _facts(results: Results) -> list[str]:
     facts = [f"{len(results.documents):,} held-out documents", f"{sum(results.tokens):,} tokens scored"]
-    prefix = results.corpus.get("prefix")
+    prefix = results.corpus.get("prefix_tokens")
     if prefix is not None:
         facts.append(f"prefix {prefix} tokens")
     return [*facts, f"took {duration_text(results.seconds)}"]

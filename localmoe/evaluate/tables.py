@@ -90,11 +90,17 @@ def methods_table(results: Results) -> Table:
         _method_cells(results, method, comparison(results, method.name, baseline)) for method in results.methods
     )
     notes = [f"{method.name}: {method.note}" for method in results.methods if method.note]
+    kept = list(range(len(columns)))
     if len({method.documents for method in results.methods}) > 1:
         notes.append("Perplexities over different documents cannot be compared; gains are over the same documents.")
-        return Table("Methods", columns, rows, tuple(notes))
-    columns, rows = columns[:3] + columns[4:], tuple(row[:3] + row[4:] for row in rows)
-    return Table("Methods", columns, rows, tuple(notes))
+    else:
+        kept.remove([column.name for column in columns].index("documents"))
+    return Table(
+        "Methods",
+        tuple(columns[place] for place in kept),
+        tuple(tuple(row[place] for place in kept) for row in rows),
+        tuple(notes),
+    )
 
 
 def _method_cells(results: Results, method: MethodResult, row: ComparisonRow | None) -> tuple[Cell, ...]:

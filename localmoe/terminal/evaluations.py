@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 
     from localmoe.evaluate.results import Results
 
+LEFT_OUT = "was left out"
+"""How the name of a check ends that says why a method was not run."""
+
 _STYLES = {"good": "green", "bad": "red", "strong": "bold"}
 _OUTCOMES = {"better": "bold green", "worse": "bold red", "no difference shown": "bold yellow"}
 
 
 def show_results(console: Console, results: Results) -> None:
     """An evaluation: what failed, the verdict, the table, and all methods where some saw fewer documents."""
+    left_out = [check for check in results.checks if check.name.endswith(LEFT_OUT)]
     failed = [check for check in results.checks if not check.passed]
     for check in failed:
         console.print(plain(f"the leak check {check.name!r} failed: {check.found}", "bold red"), soft_wrap=True)
@@ -30,9 +34,11 @@ def show_results(console: Console, results: Results) -> None:
     for part in subset_tables(results):
         console.print()
         show_table(console, part)
+    console.print()
+    for check in left_out:
+        console.print(plain(f"{check.name}: {check.found}", "yellow"), soft_wrap=True)
     if results.checks and not failed:
-        console.print()
-        console.print(plain(f"all {len(results.checks)} leak checks passed", "dim"))
+        console.print(plain(f"all {len(results.checks) - len(left_out)} leak checks passed", "dim"))
 
 
 def show_table(console: Console, shown: Table) -> None:

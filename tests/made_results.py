@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread
-from localmoe.evaluate.statistics import compare, perplexity
+from localmoe.evaluate.statistics import perplexity
 
 DOCUMENTS = 120
 TTT = tuple(range(0, DOCUMENTS, 3))
@@ -36,7 +36,7 @@ def results(seed: int = 0, gains: dict[str, float] | None = None, checks: tuple[
     leaks = (Check("suffix mutation", True, "40 mixes, none changed"), Check("exact duplicates", True, "none"))
     return Results(
         FORMAT,
-        {"digest": "ab" * 32, "prefix": 50, "documents": {"train": 1800, "tune": 100, "test": DOCUMENTS}},
+        {"digest": "ab" * 32, "prefix_tokens": 50, "documents": {"train": 1800, "tune": 100, "test": DOCUMENTS}},
         {
             "command": "localmoe eval bank -o out",
             "evaluation": {"prefix": 50, "seed": seed},
@@ -80,9 +80,10 @@ def _method(name: str, places: tuple[int, ...], nll: list[float], tokens: tuple[
 def _row(method: MethodResult, baseline: MethodResult, tokens: tuple[int, ...]) -> ComparisonRow:
     places = sorted(set(method.documents) & set(baseline.documents))
     ours, theirs = (dict(zip(m.documents, m.nll, strict=True)) for m in (method, baseline))
-    found = compare([ours[p] for p in places], [theirs[p] for p in places], [tokens[p] for p in places])
-    interval = (found.low, found.high)
-    return ComparisonRow(method.name, baseline.name, method.default, found.gain, interval, len(places), "")
+    differences = np.array([(theirs[p] - ours[p]) / tokens[p] for p in places])
+    gain, error = float(differences.mean()), float(differences.std() / np.sqrt(len(places)))
+    interval = (gain - 1.96 * error, gain + 1.96 * error)
+    return ComparisonRow(method.name, baseline.name, method.default, gain, interval, len(places), "")
 
 
 def failing(made: Results) -> Results:

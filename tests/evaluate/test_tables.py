@@ -1,0 +1,87 @@
+"""Tables of an evaluation: what stands in them, and as Markdown."""
+
+import math
+
+import made_results
+import pytest
+
+from localmoe.evaluate.results import Results
+from localmoe.evaluate.statistics import compare
+from localmoe.evaluate.tables import (
+    Cell,
+    Column,
+    Table,
+    experts_table,
+    headline,
+    main_baseline,
+    markdown,
+    methods_table,
+    subset_tables,
+)
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return made_results.results()
+
+
+def _column(table: Table, name: str) -> dict[str, Cell]:
+    place = [column.name for column in table.columns].index(name)
+    return {row[0].text: row[place] for row in table.rows}
+
+
+def test_the_baseline_is_the_fine_tune_where_it_was_run() -> None:
+    every = made_results.results()
+    assert main_baseline(every) == "fine-tuned"
+    without = {name: gain for name, gain in made_results.GAINS.items() if name != "fine-tuned"}
+    assert main_baseline(made_results.results(gains=without)) == "base"
+    alone = made_results.results(gains={"merged": 0.01})
+    assert main_baseline(alone) is None
+    assert headline(alone) is None
+
+
+def test_every_method_has_a_row_with_its_gain_and_cost(results: Results) -> None:
+    table = methods_table(results)
+    assert [row[0].text for row in table.rows] == [
+        f"{name} (default)" if name == "merged" else name for name in made_results.GAINS
+    ]
+    gains = _column(table, "gain over fine-tuned")
+    assert gains["merged (default)"].tone == "good"
+    assert gains["null"].tone == "bad"
+    assert gains["fine-tuned"].text == ""
+    assert _column(table, "added")["merged (default)"].text == "31 ms"
+    assert _column(table, "documents")["ttt-trunk"].text == "40"
+    assert "cannot be compared" in " ".join(table.notes)
+
+
+def test_without_a_subset_the_documents_are_not_repeated_in_every_row() -> None:
+    gains = {name: gain for name, gain in made_results.GAINS.items() if name != "ttt-trunk"}
+    table = methods_table(made_results.results(gains=gains))
+    assert "documents" not in [column.name for column in table.columns]
+    assert not table.notes
+    assert subset_tables(made_results.results(gains=gains)) == []
+
+
+def test_the_subset_table_scores_every_method_on_the_same_documents(results: Results) -> None:
+    (table,) = subset_tables(results)
+    merged, fine = results.method("merged"), results.method("fine-tuned")
+    assert merged is not None and fine is not None
+    ours = [merged.nll[place] for place in made_results.TTT]
+    theirs = [fine.nll[place] for place in made_results.TTT]
+    tokens = [results.tokens[place] for place in made_results.TTT]
+    value = _column(table, "perplexity")["merged (default)"].value
+    assert value == pytest.approx(math.exp(sum(ours) / sum(tokens)))
+    assert _column(table, "gain over fine-tuned")["merged (default)"].value == compare(ours, theirs, tokens).gain
+
+
+def test_experts_share_out_all_documents(results: Results) -> None:
+    table = experts_table(results)
+    assert table is not None
+    assert sum(cell.value or 0 for cell in _column(table, "documents").values()) == len(results.documents)
+
+
+def test_markdown_escapes_bars_and_aligns_numbers() -> None:
+    table = Table(
+        "t", (Column("a"), Column("b", right=True)), ((Cell("x|y\nz", None, "strong"), Cell("1", 1.0)),), ("n",)
+    )
+    assert markdown(table) == "| a | b |\n| --- | ---: |\n| **x\\|y z** | 1 |\n\nn\n"

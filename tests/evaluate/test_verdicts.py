@@ -1,0 +1,62 @@
+"""Verdicts: the sentences, and the effect that a comparison could have shown."""
+
+from dataclasses import replace
+
+import made_results
+import numpy as np
+import pytest
+
+from localmoe.evaluate.results import Results
+from localmoe.evaluate.statistics import compare
+from localmoe.evaluate.verdicts import in_words, noun, smallest_effect, verdict
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return made_results.results()
+
+
+def test_a_gain_clear_of_zero_is_said_with_its_interval_and_its_cost() -> None:
+    said = in_words("merging 3 experts", "the fine-tune", 0.018, 0.011, 0.024, 120, 0.004)
+    assert said == "merging 3 experts beats the fine-tune by 1.8 % [1.1, 2.4] for +4 ms a prompt"
+
+
+def test_a_loss_is_said_the_other_way_round() -> None:
+    said = in_words("merging 3 experts", "the fine-tune", -0.004, -0.0072, -0.001, 120, 0.004)
+    assert said == "merging 3 experts loses to the fine-tune by 0.4 % [0.1, 0.7] for +4 ms a prompt"
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.005, 0.013), (0.0, 0.018), (-0.018, 0.0)])
+def test_an_interval_that_holds_zero_says_what_could_have_been_shown(low: float, high: float) -> None:
+    said = in_words("merging 3 experts", "the fine-tune", (low + high) / 2, low, high, 120, 0.004)
+    assert said == (
+        "no difference shown between merging 3 experts and the fine-tune; "
+        "the smallest effect that these 120 documents could show is 0.9 %"
+    )
+
+
+def test_the_smallest_effect_is_1_96_standard_errors_of_the_bootstrap() -> None:
+    draw = np.random.default_rng(3)
+    tokens = [400] * 300
+    ours = draw.normal(2.6, 0.3, 300) * 400
+    theirs = ours + draw.normal(0, 0.05, 300) * 400
+    found = compare(list(ours), list(theirs), tokens)
+    error = np.std((theirs - ours) / 400, ddof=1) / np.sqrt(300)  # of the mean difference, nats a token
+    assert smallest_effect(found.low, found.high) == pytest.approx(1.96 * error, rel=0.05)
+
+
+def test_a_row_is_said_with_its_methods_and_what_they_add(results: Results) -> None:
+    rows = {(row.method, row.baseline): verdict(row, results) for row in results.comparisons}
+    assert rows["merged", "fine-tuned"].startswith("merging 3 experts beats the fine-tune by ")
+    assert rows["merged", "fine-tuned"].endswith(" for +31 ms a prompt")
+    assert rows["merged-1", "base"].startswith("merging 1 expert beats the base model by ")
+    assert rows["ensemble-3", "base"].startswith("ensembling 3 experts beats ")
+    assert rows["null", "fine-tuned"].startswith("merging by shuffled centroids loses to the fine-tune")
+    assert "between the trunk and the fine-tune" in rows["trunk", "fine-tuned"]
+    assert rows["trunk", "fine-tuned"].endswith("%")
+
+
+def test_an_unknown_method_is_called_by_its_title(results: Results) -> None:
+    merged = results.method("merged")
+    assert merged is not None
+    assert noun(replace(merged, name="mine", title="My own way")) == "My own way"
