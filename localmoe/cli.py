@@ -7,6 +7,7 @@ from typing import Any
 
 import rich_click as click
 
+from localmoe.config import EvalConfig, as_dict
 from localmoe.terminal.options import (
     PATH,
     as_json,
@@ -14,6 +15,8 @@ from localmoe.terminal.options import (
     build_options,
     draw_options,
     encoder_option,
+    eval_config,
+    eval_options,
     generate_config,
     knob,
     model_options,
@@ -190,6 +193,36 @@ def chat(bank: Path, **options: Any) -> None:
 
     config = generate_config(options)
     talk(_engine(bank, options), config)
+
+
+@main.command("eval", panel="Look at a bank", epilog=keys_epilog(EvalConfig))
+@click.argument("bank", type=PATH)
+@eval_options
+@routing_options
+@model_options
+@click.option("-o", "--output", type=PATH, metavar="FOLDER", help="Where results go. [dim]\\[default: BANK-eval][/dim]")
+@as_json
+def evaluate(bank: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure on held-out documents what a bank is worth: against its base, and against one plain fine-tune.
+
+    The fine-tune gets as many training tokens as the bank. The same command goes on where it was stopped; more methods
+    can be added later. Results, report and plots are left in FOLDER.
+
+    [dim]Examples:[/dim]
+        [cyan]$[/cyan] localmoe eval notes-bank
+        [cyan]$[/cyan] localmoe eval code-bank --prefix 200 --documents 300 -o code-results
+        [cyan]$[/cyan] localmoe eval notes-bank --methods base,trunk,merged,ttt-trunk --set ttt.documents=20
+    """
+    from localmoe.terminal import evaluations, screen
+
+    config = eval_config(options)
+    folder = output if output is not None else Path(f"{bank.resolve().name}-eval")
+    results = evaluations.run(_engine(bank, options), folder, config)
+    if as_json:
+        screen.print_json(as_dict(results))
+    else:
+        evaluations.show_results(screen.results(), results)
+        screen.results().print(f"\nreport: {folder / 'report.html'}", markup=False, soft_wrap=True)
 
 
 @main.command(panel="Look at a bank")

@@ -23,6 +23,7 @@ from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
 from localmoe.evaluate.statistics import compare, gap_share, perplexity
+from localmoe.evaluate.verdicts import verdict
 from localmoe.models import context_length
 from localmoe.runtime.engine import Engine
 from localmoe.train.work import Work
@@ -66,10 +67,11 @@ def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, com
             checks.append(Check(f"{name} was left out", True, reason.what))
             continue
         scored.append(_result(name, method.__doc__, scores, bench, results))
-        results = replace(results, methods=tuple(scored), checks=tuple(checks))
+        results = replace(results, methods=tuple(scored))
         results = replace(results, comparisons=_comparisons(results, config.seed))
-        results = replace(results, seconds=_seconds(bench, time.perf_counter() - begun))
-        write_results(folder, results)
+        write_results(folder, replace(results, checks=tuple(checks)))
+    results = replace(results, checks=tuple(checks), seconds=_seconds(bench, time.perf_counter() - begun))
+    write_results(folder, results)
     return results
 
 
@@ -254,8 +256,8 @@ def _comparisons(results: Results, seed: int) -> tuple[ComparisonRow, ...]:
                 continue
             found = compare(pair.ours, pair.theirs, pair.tokens, seed)
             interval = (found.low, found.high)
-            row = ComparisonRow(method.name, name, method.default, found.gain, interval, found.documents, found.verdict)
-            rows.append(row)
+            row = ComparisonRow(method.name, name, method.default, found.gain, interval, found.documents, "")
+            rows.append(replace(row, verdict=verdict(row, results)))
     return tuple(rows)
 
 

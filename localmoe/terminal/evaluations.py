@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from localmoe.config import EvalConfig
 from localmoe.evaluate.tables import Table, headline, methods_table, subset_tables
 from localmoe.evaluate.verdicts import outcome, verdict
-from localmoe.terminal.screen import plain, table
+from localmoe.terminal.progress import Lines
+from localmoe.terminal.screen import plain, remarks, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from localmoe.evaluate.results import Results
+    from localmoe.runtime.engine import Engine
 
 LEFT_OUT = "was left out"
 """How the name of a check ends that says why a method was not run."""
 
 _STYLES = {"good": "green", "bad": "red", "strong": "bold"}
 _OUTCOMES = {"better": "bold green", "worse": "bold red", "no difference shown": "bold yellow"}
+
+
+def run(engine: Engine, folder: Path, config: EvalConfig) -> Results:
+    """Evaluate with bars on stderr (lines where there is no terminal), and leave results and report in the folder."""
+    from localmoe.evaluate.evaluation import evaluate
+    from localmoe.evaluate.report import write_report
+
+    with stages() as watch:
+        results = evaluate(engine, folder, config, watch, command=shlex.join(["localmoe", *sys.argv[1:]]))
+    write_report(folder, results)
+    return results
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """What to hand to `evaluate` as `watch`: a bar a stage, or lines where there is no terminal."""
+    console = remarks()
+    if not console.is_terminal:
+        yield Lines(lambda line: console.print(plain(line), soft_wrap=True)).count
+        return
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield watch
 
 
 def show_results(console: Console, results: Results) -> None:

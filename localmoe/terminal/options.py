@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 
 import rich_click as click
 
-from localmoe.config import BuildConfig, GenerateConfig, RouteConfig, default_of, load_config
+from localmoe.config import (
+    BuildConfig,
+    EvalConfig,
+    GenerateConfig,
+    RouteConfig,
+    default_of,
+    load_config,
+    load_eval_config,
+)
 from localmoe.terminal.verbs import checked
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -169,6 +177,49 @@ def draw_options(function: F) -> F:
             generation_option("--seed", "seed", "The same seed draws the same tokens.", type=int),
         ],
     )
+
+
+def eval_options(function: F) -> F:
+    """Settings of an evaluation: a file, any key, and everyday keys as options of their own."""
+    what, every = "What to measure", "Every setting"
+
+    options: list[Callable[[F], F]] = [
+        click.option(
+            "--methods",
+            metavar="NAME,NAME",
+            panel=what,
+            help=f"What to compare. [dim]\\[default: {','.join(default_of(EvalConfig, 'methods'))}][/dim]",
+        ),
+        *(
+            _shown(f"--{key}", key, default_of(EvalConfig, key), text, "all", panel=what, type=int)
+            for key, text in (
+                ("documents", "Held-out documents at most."),
+                ("prefix", "First tokens of a document, which carry no loss; 200 is usual for code."),
+                ("length", "Tokens of a document at most."),
+            )
+        ),
+        click.option(
+            "-c", "--config", "file", type=PATH, metavar="FILE.yaml", panel=every, help="Read settings from a file."
+        ),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            panel=every,
+            help="Set any key, e.g. ttt.documents=20; may be repeated, and wins over the file and the other options.",
+        ),
+    ]
+    return _apply(function, options)
+
+
+def eval_config(options: dict[str, Any]) -> EvalConfig:
+    """The settings of an evaluation: file < everyday options < --set; raises ConfigError."""
+    names = ("documents", "prefix", "length")
+    given = [f"{name}={options[name]}" for name in names if options[name] is not None]
+    if options["methods"] is not None:
+        given.append(f"methods={json.dumps([name.strip() for name in options['methods'].split(',') if name.strip()])}")
+    return load_eval_config(options["file"], [*given, *options["settings"]])
 
 
 def prompt_options(function: F) -> F:

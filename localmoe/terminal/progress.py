@@ -70,6 +70,13 @@ class Lines:
             self._last = (now, event.done)
             self._say(self._line(event, now))
 
+    def count(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is that has no event of its own."""
+        now = self._clock()
+        if done == total or now - self._last[0] >= LINE_EVERY:
+            self._last = (now, done)
+            self._say(f"{stage}: {done:,} of {total:,}")
+
     def _line(self, event: Event, now: float) -> str:
         name, unit = STAGES[event.stage]
         of = f" of {event.total:,}" if event.total else ""

@@ -21,7 +21,7 @@ from localmoe.terminal.screen import readable_warnings, remarks, show_error
 T = TypeVar("T")
 
 INTERRUPTED = 130
-RESUMABLE = ("build", "demo")
+RESUMABLE = ("build", "demo", "eval")
 """Verbs that go on where they were interrupted."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -123,10 +123,10 @@ def checked(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(f"{option} {problem['input']}: {problem['msg'].lower()}") from error
 
 
-def keys_epilog() -> str:
-    """Every key of a build with its default, a paragraph a section."""
+def keys_epilog(config: type = BuildConfig) -> str:
+    """Every key of a build (or of another configuration) with its default, a paragraph a section."""
     groups: dict[str, list[str]] = {"": []}
-    for field in dataclasses.fields(BuildConfig):
+    for field in dataclasses.fields(config):
         if not dataclasses.is_dataclass(field.default):
             groups[""].append(_pair(field.name, field))
             continue

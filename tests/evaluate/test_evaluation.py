@@ -1,0 +1,265 @@
+"""An evaluation of a tiny bank: what each method scores, what is compared, what fails it, and that it resumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import localmoe
+from localmoe.config import EvalConfig, FineTuneConfig, TTTConfig
+from localmoe.errors import ConfigError, UnknownNameError
+from localmoe.evaluate import evaluation, leaks
+from localmoe.evaluate.baselines import fine_tuned_adapter, nearest_documents
+from localmoe.evaluate.bench import Bench, NotPossibleError, methods
+from localmoe.evaluate.evaluation import LeakError, closed_gap, evaluate
+from localmoe.evaluate.merged import ensemble_nll, exchanged
+from localmoe.evaluate.protocol import Cut, trials_of
+from localmoe.evaluate.results import Results, read_results
+from localmoe.evaluate.statistics import compare
+from localmoe.evaluate.ttt import train_and_score
+from localmoe.routing import Mix
+from localmoe.runtime.engine import Engine
+from localmoe.train.work import Work
+
+CONFIG = EvalConfig(
+    methods=tuple(sorted(methods)),
+    prefix=5,
+    length=40,
+    timed=1,
+    ttt=TTTConfig(documents=2, neighbours=3),
+    fine_tune=FineTuneConfig(rates=(1.0, 2.0), tune_tokens=200),
+)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bank: Path, tiny_base: Path, tiny_encoder: Path) -> Engine:
+    return localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def results(engine: Engine, folder: Path) -> Results:
+    return evaluate(engine, folder, CONFIG, lambda *progress: None, command="localmoe eval tiny")
+
+
+@pytest.fixture(scope="module")
+def bench(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    cut = Cut(5, 5, 40)
+    trials, tune = (tuple(trials_of(engine, split, cut)) for split in ("test", "tune"))
+    work = Work(tmp_path_factory.mktemp("bench"), "key")
+    return Bench(engine, CONFIG, cut, trials, tune, work, lambda *progress: None)
+
+
+def test_every_method_is_scored_on_the_same_documents_and_tokens(results: Results) -> None:
+    assert {method.name for method in results.methods} == set(methods)
+    for method in results.methods:
+        count = 2 if method.name.startswith("ttt") else len(results.documents)
+        assert method.documents == tuple(range(count))
+        assert all(math.isfinite(nll) and nll > 0 for nll in method.nll)
+        tokens = sum(results.tokens[:count])
+        assert method.perplexity == pytest.approx(math.exp(sum(method.nll) / tokens))
+        assert method.bits_per_byte == pytest.approx(sum(method.nll) / math.log(2) / sum(results.bytes[:count]))
+
+
+def test_what_is_written_is_read_again(results: Results, folder: Path) -> None:
+    assert read_results(folder) == results
+
+
+def test_every_comparison_is_the_paired_bootstrap_of_its_two_methods(results: Results) -> None:
+    nll = {method.name: dict(zip(method.documents, method.nll, strict=True)) for method in results.methods}
+    assert {(row.method, row.baseline) for row in results.comparisons} >= {("merged", "fine-tuned"), ("ttt", "trunk")}
+    for row in results.comparisons:
+        both = sorted(nll[row.method].keys() & nll[row.baseline].keys())
+        tokens = [results.tokens[place] for place in both]
+        ours, theirs = ([nll[name][place] for place in both] for name in (row.method, row.baseline))
+        found = compare(ours, theirs, tokens, CONFIG.seed)
+        assert (row.gain, row.interval, row.documents) == (found.gain, (found.low, found.high), len(both))
+        assert row.verdict and row.default == (row.method == "merged")
+
+
+def test_the_fine_tuned_baseline_saw_as_many_tokens_as_trunk_and_experts_and_a_batch_at_most(
+    results: Results, engine: Engine
+) -> None:
+    told = sum(record.training.tokens for record in engine.bank.manifest.adapters if record.training is not None)
+    tuned, merged = results.method("fine-tuned"), results.method("merged")
+    assert tuned is not None and merged is not None
+    assert merged.training_tokens == told
+    assert told <= tuned.training_tokens < told + 4 * 40
+    tried = tuned.detail["tried"]
+    best = min(tried, key=lambda one: one["perplexity"])
+    assert f"rate {best['rate']:g}" in tuned.note
+    rates = [one["rate"] for one in tried]
+    assert len(tried) == 5 or min(rates) < best["rate"] < max(rates)  # a best rate at the edge widens the search
+
+
+def test_one_expert_active_is_the_nearest_router(results: Results) -> None:
+    nearest, one = results.method("nearest"), results.method("merged-1")
+    assert nearest is not None and one is not None
+    assert one.nll == pytest.approx(nearest.nll) and one.active_max == 1
+
+
+def test_an_ensemble_mixes_probabilities_not_logits(bench: Bench) -> None:
+    trial, engine = bench.trials[0], bench.engine
+    names = engine.router.centroids.experts[:3]
+    mix = Mix(tuple(names), (0.5, 0.3, 0.2), "linear", engine.bank.manifest.digest, None)
+    total = torch.zeros(len(trial.passage) - 5, dtype=torch.float64)
+    for name, weight in zip(mix.experts, mix.weights, strict=True):
+        alone = replace(mix, experts=(name,), weights=(1.0,))
+        ids = trial.passage.tokens[None]
+        with engine.merged(alone), torch.no_grad():
+            log = engine.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        total += weight * log[4:-1].gather(1, ids[0, 5:, None])[:, 0].exp()
+    assert ensemble_nll(bench, trial, mix).tolist() == pytest.approx((-total.log()).tolist(), rel=1e-4)
+
+
+def test_the_null_control_exchanges_every_expert_and_keeps_the_weights(results: Results) -> None:
+    null, merged = results.method("null"), results.method("merged")
+    assert null is not None and merged is not None
+    for (ours, weights), (theirs, kept) in zip(null.detail["mixes"], merged.detail["mixes"], strict=True):
+        assert ours != theirs or len(ours) > 1
+        assert sorted(weights) == sorted(kept)
+    other = {"a": "b", "b": "c", "c": "a"}
+    mix = Mix(("a", "c"), (0.75, 0.25), "linear", "", None)
+    assert exchanged(mix, other) == Mix(("a", "b"), (0.25, 0.75), "linear", "", None)
+
+
+def test_test_time_training_is_adamw_on_one_passage_after_the_other_and_leaves_no_trace(bench: Bench) -> None:
+    engine = bench.engine
+    trunk = engine.bank.trunk()
+    assert trunk is not None
+    before = tiny.checksum(engine.model)
+    kept = {name: (update.A.clone(), update.B.clone()) for name, update in trunk.items()}
+    passages = bench.train_passages(nearest_documents(bench, bench.trials[0], 3), most=1)
+    untrained, _ = train_and_score(bench, [], trunk, bench.trials[0].passage)
+    trained, seconds = train_and_score(bench, passages, trunk, bench.trials[0].passage)
+    alone = replace(Mix((), (), "linear", "", None))
+    assert untrained != pytest.approx(float(engine.token_nll(bench.trials[0].passage, alone).sum()))  # it is the trunk
+    assert trained != untrained and seconds > 0
+    again, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage)
+    assert again == trained  # the optimiser and the factors were new
+    assert tiny.checksum(engine.model) == before
+    assert all(torch.equal(update.A, kept[n][0]) and torch.equal(update.B, kept[n][1]) for n, update in trunk.items())
+
+
+def test_neighbours_are_train_documents_by_similarity_without_twins_of_the_trial(bench: Bench) -> None:
+    bank = bench.engine.bank
+    table = bank.documents().to_pylist()
+    train = {row["id"] for row in table if row["split"] == "train"}
+    found = nearest_documents(bench, bench.trials[0], 5)
+    assert len(found) == 5 and set(found) <= train
+    vector = bench.engine.encoder.encode([bench.trials[0].prefix])[0]
+    similarity = {
+        row["id"]: float(e @ vector) for row, e in zip(table, bank.embeddings().astype("float32"), strict=True)
+    }
+    assert found == sorted(train, key=lambda name: -similarity[name])[:5]
+    twin = replace(bench.trials[0], whole=bank.texts([found[0]])[0])
+    assert nearest_documents(bench, twin, 5)[:4] == found[1:]
+
+
+def test_the_baseline_is_trained_once_and_read_afterwards(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, found = fine_tuned_adapter(bench)
+    monkeypatch.setattr("localmoe.evaluate.baselines.train", None)
+    again, same = fine_tuned_adapter(bench)
+    assert same == found
+    assert all(torch.equal(adapter[name].B, again[name].B) for name in adapter)
+
+
+def test_the_same_call_again_runs_no_method_and_more_can_be_added(
+    engine: Engine, folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_bench: Bench) -> None:
+        raise AssertionError("a finished method ran again")
+
+    for name in methods:
+        monkeypatch.setitem(methods._functions, name, never)
+    fewer = evaluate(engine, folder, replace(CONFIG, methods=("base", "merged")), lambda *progress: None)
+    assert [method.nll for method in fewer.methods] == [
+        method.nll for method in results.methods if method.name in ("base", "merged")
+    ]
+
+
+def test_a_leak_fails_the_evaluation(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "check_leaks", lambda *given: [leaks.Check("a check", False, "2 leaked")])
+    with pytest.raises(LeakError, match="2 leaked"):
+        evaluate(engine, tmp_path, CONFIG, lambda *progress: None)
+
+
+def test_a_router_that_reads_the_suffix_is_found_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = leaks.check_leaks(bench.engine, bench.trials, bench.tune, bench.cut)
+    assert all(check.passed for check in passed)
+    reading_all = tuple(replace(trial, prefix=trial.whole) for trial in bench.trials)
+    monkeypatch.setattr(leaks, "mutated", lambda engine, trial, cut: replace(trial, prefix=trial.whole[::-1]))
+    assert not leaks.check_leaks(bench.engine, reading_all, bench.tune, bench.cut)[0].passed
+
+
+def test_a_document_in_two_splits_is_found_out(bench: Bench) -> None:
+    assert not leaks.check_leaks(bench.engine, bench.trials, bench.trials, bench.cut)[1].passed
+
+
+def test_means_of_other_documents_are_found_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = bench.engine.bank.means()
+    monkeypatch.setattr(bench.engine.bank, "means", lambda: means.roll(1, 0))
+    assert not leaks.check_leaks(bench.engine, bench.trials, bench.tune, bench.cut)[2].passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"prefix": 40}, "leaves nothing"),
+        ({"query_prefix": 6}, "count in the loss"),
+    ],
+)
+def test_a_cut_that_cannot_be_is_an_error(engine: Engine, tmp_path: Path, changes: dict[str, int], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        evaluate(engine, tmp_path, replace(CONFIG, **changes), lambda *progress: None)
+
+
+def test_an_unknown_method_is_an_error_before_anything_runs(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'merged'"):
+        evaluate(engine, tmp_path, replace(CONFIG, methods=("base", "merge")), lambda *progress: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_bank_cannot_do_is_left_out_and_said(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impossible(_bench: Bench) -> None:
+        raise NotPossibleError("the bank has no trunk")
+
+    monkeypatch.setitem(methods._functions, "trunk", impossible)
+    found = evaluate(engine, tmp_path, replace(CONFIG, methods=("base", "trunk")), lambda *progress: None)
+    assert [method.name for method in found.methods] == ["base"]
+    assert found.checks[-1].name == "trunk was left out" and found.checks[-1].found == "the bank has no trunk"
+
+
+def test_documents_are_limited_by_expert_and_in_all(engine: Engine, tmp_path: Path) -> None:
+    few: Callable[..., Results] = lambda **changes: evaluate(  # noqa: E731
+        engine, tmp_path, replace(CONFIG, methods=("base",), **changes), lambda *progress: None
+    )
+    assert len(few(documents=2).documents) == 2
+    each = few(per_expert=1).experts
+    assert len(each) == len(set(each))
+
+
+def test_the_share_of_the_gap_to_test_time_training(results: Results) -> None:
+    base, trunk, ttt = (results.method(name) for name in ("base", "trunk", "ttt-trunk"))
+    assert base is not None and trunk is not None and ttt is not None
+    halfway = replace(
+        base, name="merged", nll=tuple((a + b) / 2 for a, b in zip(trunk.nll, ttt.nll, strict=False)), documents=(0, 1)
+    )
+    far = replace(ttt, nll=tuple(nll - 1 for nll in trunk.nll[:2]))
+    given = replace(results, methods=(trunk, far, replace(halfway, nll=tuple(nll - 0.5 for nll in trunk.nll[:2]))))
+    found = closed_gap(given)
+    assert found["share"] == pytest.approx(0.5) and found["interval"] == pytest.approx([0.5, 0.5])
+    none = replace(given, methods=(trunk, replace(far, nll=trunk.nll[:2]), halfway))
+    assert closed_gap(none)["share"] is None
