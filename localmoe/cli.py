@@ -51,7 +51,12 @@ def main(debug: bool) -> None:
 @main.command(panel="Start here")
 @click.option("--bank", type=PATH, default="demo-bank", show_default=True, help="Folder of the bank.")
 @knob("--base", "base", "Base model: a hub id, a folder, or a packaged model.", panel="Models")
-@knob("--encoder", "encoder", "Sentence encoder: a hub id, a folder, or a packaged model.", panel="Models")
+@knob(
+    "--encoder",
+    "encoder",
+    "Sentence encoder: a hub id, a folder, a packaged model, 'static' or 'base'.",
+    panel="Models",
+)
 def demo(bank: Path, **options: str | None) -> None:
     """Build a bank of Python's standard library, and show on held-out files and three prompts what it is worth.
 

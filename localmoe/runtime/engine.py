@@ -246,11 +246,12 @@ def open_engine(
     _check_base(mark, found, manifest.base.id, where, base_variant)
     if found == mark:
         remember(where, mark)
-    sentence = open_encoder(opened, encoder)
+    tokenizer = load_tokenizer(where, manifest.base.revision, trust_remote_code)
+    sentence = open_encoder(opened, encoder, (model, tokenizer))
     return Engine(
         opened,
         model,
-        load_tokenizer(where, manifest.base.revision, trust_remote_code),
+        tokenizer,
         sentence,
         routing,
         base_variant=found != mark,

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from localmoe.bank.store import Bank
 from localmoe.config import RouteConfig
-from localmoe.encoders import Encoder, encoder_mark, load_encoder
+from localmoe.encoders import BASE, Encoder, encoder_mark, load_encoder, remember_encoder
 from localmoe.errors import BankError, ConfigError, PromptError
-from localmoe.models import recall, remember
+from localmoe.models import Fingerprint, load_model, load_tokenizer, recall
 from localmoe.routing import ON_MEANS, WITHOUT_BETA, Centroids, Mix, beta_scores, find_beta, route
 
 Conversation = Sequence[dict[str, str]]
@@ -75,7 +75,7 @@ class PromptRouter:
 
 
 def open_router(bank: str | Path, encoder: str | None = None, changes: Mapping[str, Any] | None = None) -> PromptRouter:
-    """Open a bank to route in it; the base model is not needed.
+    """Open a bank to route in it; the base model is not needed, unless it is the encoder too.
 
     encoder: where it is, if not where the bank (or this machine's memory of it) says. changes: fields of RouteConfig
     that differ from the bank's (see `route_config`). Raises BankError for a damaged bank or another encoder.
@@ -85,19 +85,33 @@ def open_router(bank: str | Path, encoder: str | None = None, changes: Mapping[s
     return PromptRouter(opened, open_encoder(opened, encoder), config)
 
 
-def open_encoder(bank: Bank, encoder: str | None = None) -> Encoder:
-    """The encoder that a bank was built with; raises BankError for another one."""
+def open_encoder(bank: Bank, encoder: str | None = None, base: tuple[Any, Any] | None = None) -> Encoder:
+    """The encoder that a bank was built with; raises BankError for another one.
+
+    base: the loaded base model and its tokenizer. The encoder "base" is made of them; without them it loads the base
+    from where this machine last saw it.
+    """
     record = bank.manifest.encoder
     where = encoder if encoder is not None else recall(encoder_mark(record.fingerprint))
-    found = load_encoder(where if where is not None else record.id, prompt=record.prompt)
+    where = where if where is not None else record.id
+    if where == BASE and base is None:
+        base = _load_base(bank)
+    found = load_encoder(where, prompt=record.prompt, base=base)
     if found.fingerprint != record.fingerprint:
         raise BankError(
             f"the bank was built with the encoder {record.id!r}, and {found.name!r} is another: "
             "its vectors mean nothing here",
             "give the one it was built with: --encoder NAME_OR_FOLDER",
         )
-    remember(found.name, encoder_mark(found.fingerprint))
+    remember_encoder(found)
     return found
+
+
+def _load_base(bank: Bank) -> tuple[Any, Any]:
+    record = bank.manifest.base
+    where = recall(Fingerprint(record.architecture, record.weights))
+    where = where if where is not None else record.id
+    return load_model(where, record.revision), load_tokenizer(where, record.revision)
 
 
 def route_config(bank: Bank, changes: Mapping[str, Any]) -> RouteConfig:

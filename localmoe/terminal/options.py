@@ -60,7 +60,12 @@ def build_options(function: F) -> F:
             help="Set any key, e.g. train.batch=8; may be repeated, and wins over the file and the other options.",
         ),
         knob("--base", "base", "Base model: a hub id, a folder, or a packaged model.", panel=models),
-        knob("--encoder", "encoder", "Sentence encoder: a hub id, a folder, or a packaged model.", panel=models),
+        knob(
+            "--encoder",
+            "encoder",
+            "Sentence encoder: a hub id, a folder, a packaged model, 'static' or 'base'.",
+            panel=models,
+        ),
         knob(
             "--include",
             "corpus.include",

@@ -25,7 +25,7 @@ from localmoe.bank.lock import build_lock
 from localmoe.bank.manifest import SUFFIXES, BaseRecord, EncoderRecord, Manifest, Outcome, generations
 from localmoe.bank.store import Bank
 from localmoe.config import BuildConfig, as_dict
-from localmoe.encoders import Encoder, encoder_mark, load_encoder
+from localmoe.encoders import Encoder, load_encoder, remember_encoder
 from localmoe.errors import TemporaryError, UsageError
 from localmoe.models import fingerprint, remember
 from localmoe.train import clusters as clustering
@@ -72,7 +72,7 @@ def build(
 def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch: Watch, started: float) -> Bank:
     model, tokenizer = training.workplace(config.base, config.revision)
     check_settings(model, config)
-    encoder = load_encoder(config.encoder)
+    encoder = load_encoder(config.encoder, base=(model, tokenizer))
     report = ReportBuilder()
     file, content, count = collect(path, _watched(read_corpus(source, config.corpus, report), watch))
     read = report.finish()
@@ -123,7 +123,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     committed = commit(path, manifest)
     work.discard()
     remember(config.base, mark)
-    remember(config.encoder, encoder_mark(encoder.fingerprint))
+    remember_encoder(encoder)
     watch(Event("commit", 1, 1, f"generation {committed.generation} of {path}"))
     return Bank.open(path)
 

@@ -93,7 +93,7 @@ def plan(source: str | Path, config: BuildConfig = BuildConfig(), probe: bool = 
 def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, watch: Watch) -> Plan:
     model, tokenizer = training.workplace(config.base, config.revision)
     check_settings(model, config)
-    encoder = load_encoder(config.encoder)
+    encoder = load_encoder(config.encoder, base=(model, tokenizer))
     report = ReportBuilder()
     file, _, count = collect(folder, read_corpus(source, config.corpus, report))
     work = Work(folder, "plan")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+import localmoe
 from localmoe.bank.store import Bank
 from localmoe.errors import ConfigError
 from localmoe.runtime import router as module
@@ -50,3 +51,16 @@ def test_the_noise_of_sift_is_the_banks_unless_it_is_changed(tiny_bank: Path) ->
     assert route_config(bank, {"sift_lambda": 2.0}).sift_lambda == 2.0
     with pytest.raises(ConfigError, match="sift_lambda"):
         route_config(bank, {"sift_lambda": 0.0})
+
+
+def test_a_bank_whose_encoder_is_its_base_builds_routes_and_answers(
+    tiny_corpus: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    path = localmoe.build(tiny_corpus, tmp_path / "bank", tiny.tiny_config(tiny_base, "base")).path
+    assert Bank.open(path).manifest.encoder.id == "base"
+    engine = localmoe.open(path)
+    prompt = tiny.sentence("sea", 70)
+    mix = engine.route(prompt)
+    assert mix.experts and open_router(path).route(prompt) == mix
+    with engine.merged(mix):
+        assert engine.route(prompt) == mix
