@@ -19,8 +19,8 @@ from localmoe.config import BuildConfig, GenerateConfig, default_of
 from localmoe.errors import LocalMoEError, LockedError
 from localmoe.runtime.engine import Engine, open_engine
 
-HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "pyarrow", "plotly")
-VERBS = ("demo", "plan", "build", "route", "generate", "chat", "info", "map")
+HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "pyarrow", "plotly", "lm_eval")
+VERBS = ("demo", "plan", "build", "route", "generate", "chat", "info", "map", "lm-eval")
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:

@@ -6,24 +6,38 @@ The one importer of lm_eval; importing this file registers the model `localmoe`.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401 - a model registered before the built-in ones would hide them
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.evaluator
+import lm_eval.models  # a model registered before the built-in ones would hide them
 import torch
+from lm_eval.api.group import Group
 from lm_eval.api.registry import register_model
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.config.group import AggMetricConfig
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from localmoe.bank.store import Bank
 from localmoe.config import LmEvalConfig, as_dict, default_of
-from localmoe.errors import UsageError
+from localmoe.errors import LocalMoEError, TemporaryError, UnknownNameError, UsageError
+from localmoe.evaluate.local_tasks import Task, TaskGroup
 from localmoe.evaluate.questions import Questions
+from localmoe.models import fingerprint
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
 from localmoe.runtime.router import route_config
@@ -86,17 +100,19 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
             config = route_config(Bank.open(Path(bank)), routing)
             self.engine = open_engine(bank, base, encoder, config, device_map, base_variant, trust_remote_code)
         where = self.engine.model.device.type
-        if device is not None and torch.device(device).type != where:
+        if device is not None and torch.device(device).type not in (where, "cuda"):  # cuda: the harness's default
             raise UsageError(f"the base is on {where!r}, not on {device!r}", "leave the device out")
-        super().__init__(
-            pretrained=self.engine.model,
-            tokenizer=copy.deepcopy(self.engine.tokenizer),  # HFLM gives it a padding token
-            backend="causal",
-            batch_size=batch_size,
-            max_batch_size=max_batch_size,
-            max_length=max_length,
-            softmax_dtype="float32",  # else log-probabilities are rounded to bf16, and summed in it
-        )
+        with _quiet():
+            super().__init__(
+                pretrained=self.engine.model,
+                tokenizer=copy.deepcopy(self.engine.tokenizer),  # HFLM gives it a padding token
+                backend="causal",
+                batch_size=batch_size,
+                max_batch_size=max_batch_size,
+                max_length=max_length,
+                softmax_dtype="float32",  # else log-probabilities are rounded to bf16, and summed in it
+            )
+        self._base = fingerprint(self.engine.model)  # a base variant is not what the bank's manifest says
         self.merged = merged
         self.prefix_tokens = prefix_tokens
         self.questions = Questions(route_on)
@@ -110,7 +126,14 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
         return self._by_mix(requests, self._chosen(requests), super().loglikelihood, "loglikelihood")
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model merged for the context writes after it."""
+        """What the model merged for the context writes after it; raises UsageError if the context holds no more."""
+        for request in requests:
+            wanted = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if wanted >= self.max_length:
+                raise UsageError(
+                    f"{request.task_name} lets {wanted:,} tokens be written, and the context holds {self.max_length:,}",
+                    "leave this task out, or take a base with a longer context",
+                )
         return self._by_mix(requests, self._chosen(requests), super().generate_until, "generate")
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -178,7 +201,8 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
         with tqdm(total=len(requests), desc=f"{self.name}: {label}", disable=None, leave=False) as bar:
             for mix, places in groups.items():
                 with self.engine.merged(mix):
-                    scores = score([requests[place] for place in places], disable_tqdm=len(groups) > 1)
+                    one_bar = len(groups) > 1 or not sys.stderr.isatty()
+                    scores = score([requests[place] for place in places], disable_tqdm=one_bar)
                 for place, result in zip(places, scores, strict=True):
                     found[place] = result
                 bar.update(len(places))
@@ -207,11 +231,10 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
     @property
     def configuration(self) -> dict[str, Any]:
         """All that decides an answer, beside the request."""
-        base = self.engine.bank.manifest.base
         described = {
-            "base": base.id,
-            "base_architecture": base.architecture,
-            "base_weights": base.weights,
+            "base": self.engine.bank.manifest.base.id,
+            "base_architecture": self._base.architecture,
+            "base_weights": self._base.weights,
             "base_variant": self.engine.base_variant,
             "dtype": str(self.engine.model.dtype),
             "max_length": self.max_length,
@@ -250,6 +273,113 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
         """What the results say of the model."""
         info: dict[str, Any] = super().get_model_info()
         return info | {"localmoe": self.configuration | {"routing": vars(self.routing())}}
+
+
+class Tasks(TaskManager):  # type: ignore[misc]
+    """Tasks by name, or made of files; those that are loaded are known to the model, which routes on their questions.
+
+    Raises UnknownNameError for a name that the harness does not have.
+    """
+
+    def __init__(self, asked: Sequence[str | Task | TaskGroup]) -> None:
+        super().__init__(include_defaults=any(isinstance(task, str) for task in asked))
+        self.asked = asked
+        self.questions = Questions("question")
+        for name in asked:
+            if isinstance(name, str) and name not in self.all_tasks:
+                near = difflib.get_close_matches(name, self.all_tasks, n=5)
+                remedy = "tasks of files: --data FOLDER; all that the harness has: lm-eval ls tasks"
+                raise UnknownNameError("task", name, near, remedy)
+
+    def load(self, task_list: Any) -> Any:
+        """The harness's own, and what it was asked for; raises TemporaryError if data cannot be reached."""
+        try:
+            loaded = super().load(task_list)
+        except OSError as error:
+            what = f"the data of a task cannot be reached: {error}"
+            raise TemporaryError(what, "use files: --data FOLDER") from error
+        self.questions.know(loaded["tasks"])
+        return loaded
+
+
+def run_tasks(
+    lm: LocalMoELM,
+    tasks: Tasks,
+    config: LmEvalConfig,
+    chat: bool = False,
+    output: Path | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """The harness's results, with `samples`; its files below `output`, its cache of answers below `cache`.
+
+    Raises TemporaryError if the data of a task cannot be reached, UsageError for a chat template that the base lacks.
+    """
+    if chat and lm.tokenizer.chat_template is None:
+        raise UsageError("the base has no chat template", "leave --chat-template off")
+    tasks.questions = lm.questions
+    tracker = EvaluationTracker(output_path=str(output)) if output is not None else None
+    name = f"{lm.engine.bank.path.resolve().name}-{lm.name}" + ("-chat" if chat else "")
+    with _quiet():
+        results: dict[str, Any] = lm_eval.evaluator.simple_evaluate(
+            model=lm,
+            model_args={"model": name},
+            tasks=[_built(task) for task in tasks.asked],
+            num_fewshot=config.fewshot,
+            batch_size=config.batch,
+            limit=config.limit,
+            use_cache=None if cache is None else str(cache / f"{lm.mark}-{'chat' if chat else 'plain'}"),
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            bootstrap_iters=1000,  # of the harness's own, unpaired errors
+            task_manager=tasks,
+            evaluation_tracker=tracker,
+        )
+        results["config"]["model"] = name
+        if tracker is not None:
+            _save(tracker, results)
+    return results
+
+
+def _built(task: str | Task | TaskGroup) -> Any:
+    if isinstance(task, str):
+        return task
+    if isinstance(task, dict):
+        return ConfigurableTask(config=dict(task))
+    group = Group(task.name, aggregate_metric_list=[AggMetricConfig("acc")])
+    for member in task.tasks:
+        group.add(ConfigurableTask(config=dict(member)))
+    return group
+
+
+def _save(tracker: Any, results: dict[str, Any]) -> None:
+    """The harness's files. Raises LocalMoEError where it could not write one, of which it would only log."""
+    samples = copy.deepcopy(results["samples"])  # it changes them
+    tracker.save_results_aggregated({key: value for key, value in results.items() if key != "samples"}, samples)
+    for name, rows in samples.items():
+        tracker.save_results_samples(name, rows)
+    folder = Path(tracker.output_path) / tracker.general_config_tracker.model_name_sanitized
+    wanted = {f"results_{tracker.date_id}.json", *(f"samples_{name}_{tracker.date_id}.jsonl" for name in samples)}
+    missing = sorted(wanted - {file.name for file in folder.iterdir()})
+    if missing:
+        raise LocalMoEError(f"{folder / missing[0]} could not be written", "is there room, and may you write there?")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's warnings about what we do on purpose, and without a bar for every task."""
+    log, modules = logging.getLogger("lm_eval"), (lm_eval.api.task, lm_eval.api.model)
+    level, commit = log.level, lm_eval.evaluator.get_git_commit_hash
+    log.setLevel(logging.ERROR)
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # of the current folder, whatever that is
+    for module in modules:
+        module.tqdm = lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        lm_eval.evaluator.get_git_commit_hash = commit
+        for module in modules:
+            module.tqdm = tqdm
 
 
 def _digest(value: Any) -> str:

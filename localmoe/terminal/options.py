@@ -14,6 +14,7 @@ from localmoe.config import (
     BuildConfig,
     EvalConfig,
     GenerateConfig,
+    LmEvalConfig,
     RouteConfig,
     default_of,
     load_config,
@@ -227,6 +228,34 @@ def eval_config(options: dict[str, Any]) -> EvalConfig:
     return load_eval_config(options["file"], [*given, *options["settings"]])
 
 
+def lm_eval_options(function: F) -> F:
+    """The fields of LmEvalConfig."""
+
+    def option(flag: str, name: str, text: str, none: str = "", **how: Any) -> Callable[[F], F]:
+        return _shown(flag, name, default_of(LmEvalConfig, name), text, none, panel="How to ask", **how)
+
+    choice = click.Choice
+    return _apply(
+        function,
+        [
+            option("--fewshot", "fewshot", "Examples before every question.", "as each task says", type=int),
+            option("--limit", "limit", "Only the first documents of every task.", "all", type=int),
+            option(
+                "--route-on", "route_on", "What chooses the mix.", type=choice(["question", "context", "last_block"])
+            ),
+            option(
+                "--chat-template",
+                "chat_template",
+                "Ask through the base's chat template, or with and without it.",
+                type=choice(["off", "on", "both"]),
+            ),
+            option("--compare", "compare", "Ask the base the same, and compare.", type=choice(["base", "none"])),
+            option("--batch", "batch", "Requests per forward.", type=int),
+            option("--prefix-tokens", "prefix_tokens", "Of a text scored as a whole: what chooses the mix.", type=int),
+        ],
+    )
+
+
 def prompt_options(function: F) -> F:
     """A prompt: an argument, a file, or stdin."""
     return _apply(
@@ -272,3 +301,9 @@ def generate_config(options: dict[str, Any]) -> GenerateConfig:
     """The fields of GenerateConfig that were given; raises ConfigError for a value out of range."""
     names = [field.name for field in dataclasses.fields(GenerateConfig)]
     return checked(GenerateConfig, {name: options[name] for name in names if options[name] is not None})
+
+
+def lm_eval_config(options: dict[str, Any]) -> LmEvalConfig:
+    """The fields of LmEvalConfig that were given; raises ConfigError for a value out of range."""
+    names = [field.name for field in dataclasses.fields(LmEvalConfig)]
+    return checked(LmEvalConfig, {name: options[name] for name in names if options[name] is not None})

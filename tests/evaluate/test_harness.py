@@ -245,6 +245,7 @@ def test_the_mark_changes_with_whatever_changes_answers(
     def routed(**settings: Any) -> Engine:
         return open_engine(tiny_bank, str(tiny_base), str(tiny_encoder), RouteConfig(**settings))
 
+    other = tiny.causal_model("llama", seed=5, **tiny.LLAMA)
     models = [
         LocalMoELM(engine),
         LocalMoELM(engine, merged=False),
@@ -254,6 +255,7 @@ def test_the_mark_changes_with_whatever_changes_answers(
         LocalMoELM(routed(beta=0.5)),
         LocalMoELM(routed(router="nearest")),
         LocalMoELM(Engine(engine.bank, engine.model, engine.tokenizer, engine.encoder, engine.config, True)),
+        LocalMoELM(Engine(engine.bank, other, engine.tokenizer, engine.encoder, engine.config, True)),
     ]
     template = LocalMoELM(engine)
     template.tokenizer.chat_template = "{{ messages }}"
@@ -279,7 +281,7 @@ def test_the_harness_finds_it_by_name_beside_its_own_models(
     found = get_model("localmoe")
     assert found is LocalMoELM and get_model("hf") is not None
     text = f"bank={tiny_bank},base={tiny_base},encoder={tiny_encoder},beta=0,route_on=context"
-    lm = found.create_from_arg_string(text, {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
+    lm = found.create_from_arg_string(text, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"})
     assert lm.engine.config.beta == 0 and lm.engine.bank.manifest == Bank.open(tiny_bank).manifest
     info = lm.get_model_info()["localmoe"]
     assert info["bank"] == lm.engine.bank.manifest.digest and info["route_on"] == "context"
@@ -287,7 +289,7 @@ def test_the_harness_finds_it_by_name_beside_its_own_models(
 
 def test_arguments_that_cannot_be_are_errors(engine: Engine, tiny_bank: Path) -> None:
     with pytest.raises(UsageError, match="leave the device out"):
-        LocalMoELM(engine, device="cuda")
+        LocalMoELM(engine, device="mps")
     with pytest.raises(UsageError, match="beta"):
         LocalMoELM(engine, beta=0.1)
     with pytest.raises(UsageError, match="pretrained"):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from localmoe.evaluate.statistics import compare, perplexity
+from localmoe.evaluate.statistics import compare, difference, perplexity
 
 
 def test_perplexity_is_the_exponential_of_nats_per_token_over_all_documents() -> None:
@@ -55,3 +55,54 @@ def test_unpaired_values_are_refused() -> None:
         compare([1.0], [1.0, 2.0], [1, 1])
     with pytest.raises(ValueError, match="cannot be paired"):
         compare([], [], [])
+
+
+# differences of means
+
+
+def test_a_difference_is_of_weighted_means_and_its_interval_that_of_a_bootstrap_written_as_a_loop() -> None:
+    draw = random.Random(1)
+    weights = [draw.uniform(1, 9) for _ in range(40)]
+    ours = [w * draw.gauss(1.0, 0.3) for w in weights]
+    theirs = [w * draw.gauss(1.1, 0.3) for w in weights]
+    found = difference(ours, theirs, weights)
+    assert found.method == pytest.approx(sum(ours) / sum(weights))
+    assert found.difference == pytest.approx(found.method - found.baseline)
+    samples = []
+    for _ in range(4000):
+        rows = [draw.randrange(40) for _ in range(40)]
+        samples.append(sum(ours[row] - theirs[row] for row in rows) / sum(weights[row] for row in rows))
+    samples.sort()
+    assert found.low == pytest.approx(samples[100], abs=0.02)
+    assert found.high == pytest.approx(samples[3900], abs=0.02)
+    assert (found.documents, found.changed, found.mcnemar) == (40, 40, None)
+
+
+def test_pairing_makes_the_interval_narrow_where_documents_differ_more_than_methods() -> None:
+    hard = [float(n) for n in range(50)]
+    found = difference([value + 0.1 for value in hard], hard)
+    assert found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
+    assert found.verdict == "higher"
+    assert difference(hard, [value + 0.1 for value in hard]).verdict == "lower"
+
+
+def test_few_changed_answers_show_nothing_however_sure_the_bootstrap_is() -> None:
+    right = [1.0] * 5 + [0.0] * 95
+    found = difference(right, [0.0] * 100)
+    assert found.low > 0 and found.changed == 5
+    assert found.mcnemar == pytest.approx(2 / 2**5)
+    assert found.verdict == "no difference shown"
+    more = difference([1.0] * 8 + [0.0] * 92, [0.0] * 100)
+    assert more.mcnemar == pytest.approx(2 / 2**8) and more.verdict == "higher"
+
+
+def test_mcnemar_counts_both_directions_and_never_passes_one() -> None:
+    assert difference([1.0, 0.0, 1.0], [0.0, 1.0, 1.0]).mcnemar == 1.0
+    assert difference([1.0] * 9 + [0.0], [0.0] * 9 + [1.0]).mcnemar == pytest.approx(2 * 11 / 2**10)
+    assert difference([1.0, 0.0], [1.0, 0.0]).mcnemar == 1.0
+
+
+def test_values_that_cannot_be_paired_are_refused() -> None:
+    for values in (([1.0], [1.0, 2.0], None), ([], [], None), ([1.0], [1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="cannot be paired"):
+            difference(*values)
