@@ -81,10 +81,12 @@ class TrainConfig:
     """Updates are scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
-    expert_rate: Annotated[float, Field(gt=0)] = 0.7
-    """Peak rate of experts that start from the trunk, as a multiple of `learning_rate`."""
-    epochs: Positive = 1
-    """Passes over the documents, for the trunk and for each expert."""
+    expert_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Rate at which experts go on from the trunk, as a multiple of `learning_rate`; the trunk falls no further."""
+    trunk_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes of the trunk over all public documents."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes of each expert over its own documents."""
     batch: Positive = 4
     """Passages per step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

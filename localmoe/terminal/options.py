@@ -111,7 +111,7 @@ def build_options(function: F) -> F:
         knob("--clusters", "cluster.clusters", "Number of experts K.", "by tokens", type=int, panel=experts),
         knob("--min-tokens", "cluster.min_tokens", "Train tokens of an expert at least.", type=int, panel=experts),
         knob("--rank", "train.rank", "Rank of every update.", type=int, panel=experts),
-        knob("--epochs", "train.epochs", "Passes over the documents.", type=int, panel=experts),
+        knob("--epochs", "train.epochs", "Passes of each expert over its documents.", type=float, panel=experts),
         knob("--learning-rate", "train.learning_rate", "Peak rate of the trunk.", type=float, panel=experts),
         knob("--active", "route.active", "Wanted mean number of active experts.", type=float, panel=experts),
         knob("--seed", "seed", "Seed of split, clustering and training.", type=int, panel=experts),

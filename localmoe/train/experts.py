@@ -38,6 +38,9 @@ class AdapterTask:
     base_id: str
     config: TrainConfig
     learning_rate: float
+    epochs: float
+    floor: float
+    """Share of the rate at the end of the training."""
     seed: int
     start: AdapterRecord | None
     """The trunk that it starts from; none = from the base."""
@@ -97,11 +100,11 @@ def _train(
 ) -> tuple[Trained, float, int]:
     freeze = task.config.recipe == "trunk-shared" and start is not None
     begin = start if start is not None else fresh_adapter(model, task.config, task.seed)
-    rate = task.learning_rate
+    rate, tokens = task.learning_rate, round(task.epochs * sum(passage.predicted for passage in passages))
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return (
-                train(model, passages, begin, task.config, rate, task.seed, freeze, progress),
+                train(model, passages, begin, task.config, rate, task.seed, tokens, freeze, progress, task.floor),
                 rate,
                 attempt,
             )

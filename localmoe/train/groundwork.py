@@ -20,6 +20,9 @@ from localmoe.train.experts import AdapterTask
 from localmoe.train.rows import Rows
 from localmoe.train.work import Work
 
+TRUNK = "trunk"
+"""Name of the task that trains the trunk."""
+
 
 @dataclass(frozen=True)
 class Groundwork:
@@ -54,15 +57,17 @@ class Groundwork:
             base_id=name_in_bank(self.config.base),
             config=config,
             learning_rate=config.learning_rate * (config.expert_rate if start is not None else 1.0),
+            epochs=config.trunk_epochs if name == TRUNK else config.epochs,
+            floor=min(1.0, config.expert_rate) if name == TRUNK else 0.0,
             seed=seed,
             start=start,
             train_rows=tuple(train),
             tune_rows=tuple(tune),
         )
 
-    def tokens(self, rows: Iterable[int]) -> int:
-        """Tokens that a training on these documents sees."""
-        return self.config.train.epochs * int(self.rows.tokens[list(rows)].sum())
+    def tokens(self, rows: Iterable[int], epochs: float) -> int:
+        """Tokens that so many passes over these documents see."""
+        return round(epochs * int(self.rows.tokens[list(rows)].sum()))
 
 
 def check_settings(model: Any, config: BuildConfig) -> None:

@@ -36,7 +36,7 @@ from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.documents import Document
 from localmoe.train.experts import AdapterResult, Map
-from localmoe.train.groundwork import Groundwork, check_settings, checked_on, name_in_bank
+from localmoe.train.groundwork import TRUNK, Groundwork, check_settings, checked_on, name_in_bank
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.records import choose_router, expert_records, write_files
 from localmoe.train.rows import Rows, read_rows
@@ -196,8 +196,8 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
         watch(Event("trunk", 1, 1, "no trunk: no document is public; experts start from the base"))
         return None
     tune = sorted(ground.rows.where("tune", ()), key=lambda row: ground.rows.ids[row])[:AT_MOST]
-    task = ground.task("trunk", ground.config.seed, None, public, sorted(tune))
-    total = ground.tokens(public)
+    task = ground.task(TRUNK, ground.config.seed, None, public, sorted(tune))
+    total = ground.tokens(public, ground.config.train.trunk_epochs)
     watch(Event("trunk", 0, total))
     result = training.run(task, _TokenProgress("trunk", total, watch))
     note = _outcome_note("the trunk", result.outcome, "the base")
@@ -212,7 +212,7 @@ def _train_experts(ground: Groundwork, trunk: AdapterResult | None, map: Map, wa
         for k, name in enumerate(ground.expert_ids)
     ]
     finished = sum(ground.work.has(training.result_file(task.name)) for task in tasks)
-    total = sum(ground.tokens(task.train_rows) for task in tasks)
+    total = sum(ground.tokens(task.train_rows, task.epochs) for task in tasks)
     if finished:
         watch(Event("experts", 0, total, f"going on: {finished} of {len(tasks)} experts are done"))
     run = training.run
@@ -221,7 +221,7 @@ def _train_experts(ground: Groundwork, trunk: AdapterResult | None, map: Map, wa
         run = partial(training.run, progress=progress)
     results, done = [], 0
     for task, result in zip(tasks, map(run, tasks), strict=True):
-        done += ground.tokens(task.train_rows)
+        done += ground.tokens(task.train_rows, task.epochs)
         watch(Event("experts", done, total, _outcome_note(task.name, result.outcome, "where it started")))
         results.append(result)
         if map is builtins.map:

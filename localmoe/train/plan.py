@@ -168,7 +168,7 @@ def _times(
     with threads(config.train.threads):
         speed, check_speed = _probe(model, work, rows, config, watch)
     train_tokens = config.train.epochs * int(rows.tokens[rows.train].sum())
-    public = config.train.epochs * int(rows.tokens[rows.where("train", ())].sum())
+    public = config.train.trunk_epochs * int(rows.tokens[rows.where("train", ())].sum())
     tune = rows.where("tune")
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))

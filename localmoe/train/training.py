@@ -72,15 +72,15 @@ def train(
     config: TrainConfig,
     learning_rate: float,
     seed: int,
+    tokens: int | None = None,
     freeze_A: bool = False,
     progress: Progress | None = None,
-    tokens: int | None = None,
     floor: float = 0.0,
 ) -> Trained:
     """Go on training `start` on `passages`: AdamW, warm-up then linear decay to `floor` · rate, gradients clipped.
 
-    The base is frozen and never written; with `freeze_A` B alone is trained. `tokens`: so many label tokens, passages
-    repeated as needed, instead of `config.epochs`. Equal inputs, seed and threads give equal bytes.
+    The base is frozen and never written; with `freeze_A` B alone is trained. `tokens`: so many label tokens at least,
+    passages in a new order each time around; none = once around. Equal inputs, seed and threads give equal bytes.
     Raises DivergedError as soon as a loss or a factor is not finite.
     """
     batches = _batches(passages, config, seed, tokens)
@@ -145,7 +145,7 @@ def _batches(passages: Sequence[Passage], config: TrainConfig, seed: int, tokens
     useful = [passage for passage in passages if passage.predicted > 0]
     if not useful:
         raise LocalMoEError("no passage has a token to learn from")
-    left = config.epochs * sum(passage.predicted for passage in useful) if tokens is None else tokens
+    left = sum(passage.predicted for passage in useful) if tokens is None else max(1, tokens)
     shuffle = random.Random(seed)  # noqa: S311 - order, not secrets
     batches = []
     while left > 0:

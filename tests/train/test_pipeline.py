@@ -273,6 +273,22 @@ def _diverging(monkeypatch: pytest.MonkeyPatch, times: int) -> list[float]:
     return rates
 
 
+def test_the_trunk_falls_to_the_rate_at_which_the_experts_go_on_and_each_makes_its_own_passes(
+    config: Make, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float, float]] = []
+
+    def told(model: Any, passages: Any, start: Any, given: Any, rate: float, seed: int, tokens: int, *more: Any) -> Any:
+        asked.append((rate, round(tokens / sum(passage.predicted for passage in passages), 2), more[-1]))
+        return train(model, passages, start, given, rate, seed, tokens, *more)
+
+    monkeypatch.setattr(experts, "train", told)
+    passes = {"learning_rate": 1e-2, "expert_rate": 0.4, "trunk_epochs": 2.0, "epochs": 1.0}
+    localmoe.build(tiny_corpus, tmp_path / "bank", config(train=passes))
+    assert asked[0] == (1e-2, 2.0, 0.4)
+    assert len(asked) == 5 and set(asked[1:]) == {(0.4 * 1e-2, 1.0, 0.0)}
+
+
 def test_a_training_that_diverges_is_repeated_at_half_the_rate(
     config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,11 +69,13 @@ def _measured(source: Path, config: BuildConfig, events: list[Event]) -> Plan:
 
 def test_times_follow_from_tokens_and_measured_speed(tiny_corpus: Path, config: BuildConfig) -> None:
     events: list[Event] = []
-    found = _measured(tiny_corpus, replace(config, train=TrainConfig(rank=4, epochs=2, batch=8)), events)
+    found = _measured(
+        tiny_corpus, replace(config, train=TrainConfig(rank=4, epochs=2, trunk_epochs=0.5, batch=8)), events
+    )
     times = found.times
     assert times is not None
     assert times.experts == pytest.approx(2 * found.tokens["train"] / times.tokens_per_second)
-    assert times.trunk == pytest.approx(times.experts)  # every document is public
+    assert times.trunk == pytest.approx(times.experts / 4)  # every document is public
     assert times.total == times.embed + times.trunk + times.experts + times.checks
     assert min(times.embed, times.checks) > 0
     assert any(event.stage == "trunk" and event.done > 0 for event in events)
