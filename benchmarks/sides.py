@@ -144,7 +144,7 @@ class Ours:
 
     def forget(self) -> None:
         """Drop the experts from memory."""
-        self.engine._adapters.clear()
+        self.engine.executor.forget()
 
 
 class Ttmerge:

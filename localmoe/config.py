@@ -152,6 +152,23 @@ class LmEvalConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ExecutionConfig:
+    """How a mix is executed, and what may be kept in memory for the next one."""
+
+    execution: Literal["auto", "dense", "stacked", "grouped"] = "auto"
+    """'dense': merged into a second copy of the weights; 'stacked': applied beside them; 'grouped': the same for a
+    batch, each row with its own mix; 'auto': whichever is fastest, for the prompt and for the answer."""
+    host_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Experts kept in main memory, ready to run, at most; none = a quarter of the machine's memory."""
+    device_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Experts kept on the accelerator at most; none = half of its free memory."""
+    mix_cache: bool = True
+    """Keep the last merged mix, so that the same mix costs nothing again (exact fp32 weights decide)."""
+    round_weights: Positive | None = None
+    """Round a prompt's weights to multiples of 1/n, so that more prompts repeat a mix; none = exact weights."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class BuildConfig:
     """All that `localmoe build` can be told."""
 

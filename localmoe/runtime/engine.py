@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,9 @@ from typing import Any
 import torch
 
 from localmoe.bank.store import Bank
-from localmoe.config import GenerateConfig, RouteConfig, as_dict
+from localmoe.config import ExecutionConfig, GenerateConfig, RouteConfig, as_dict
 from localmoe.encoders import Encoder
 from localmoe.errors import BankError, PromptError, UsageError
-from localmoe.lora import Adapter
-from localmoe.merging import merge_adapters
 from localmoe.models import (
     Fingerprint,
     context_length,
@@ -30,14 +29,14 @@ from localmoe.models import (
 )
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import Mix
-from localmoe.runtime.execution import DenseBuffer
+from localmoe.runtime.execution import Choice, Executor, Loaded, Running, Way, rounded
 from localmoe.runtime.generation import prompt_tokens, stream
 from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_encoder, route_config
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of an answer went."""
+    """Where the time of an answer went; `merge` may lie after the first token, where that is faster."""
 
     embed: float
     select: float
@@ -58,6 +57,8 @@ class Answer:
     prompt_tokens: int
     new_tokens: int
     seconds: Seconds
+    choice: Choice | None = None
+    """How the mix was executed: for the prompt, and for the tokens after it."""
 
 
 class Engine:
@@ -75,6 +76,7 @@ class Engine:
         encoder: Encoder,
         config: RouteConfig,
         base_variant: bool = False,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
     ) -> None:
         self.bank = bank
         self.model = model
@@ -83,8 +85,7 @@ class Engine:
         self.config = config
         self.base_variant = base_variant
         self.router = PromptRouter(bank, encoder, config)
-        self._buffer = DenseBuffer(model)
-        self._adapters: dict[str, Adapter] = {}
+        self.executor = Executor(model, bank, execution)
         self._lock = threading.Lock()
         self._holder: int | None = None
 
@@ -123,6 +124,8 @@ class Engine:
         vector = self.router.embed(prompt)
         embedded = time.perf_counter()
         chosen = self.router.select(vector)
+        if self.executor.config.round_weights is not None:
+            chosen = rounded(chosen, self.executor.config.round_weights)
         return Stream(self, ids, config, chosen, begun, embedded - started, time.perf_counter() - embedded)
 
     def score(self, prefix: str, suffix: str, mix: Mix | None = None) -> float:
@@ -148,21 +151,31 @@ class Engine:
             return token_nll(self.model, [passage])[0]
 
     @contextmanager
-    def merged(self, mix: Mix) -> Iterator[tuple[float, float]]:
+    def merged(self, mix: Mix, way: Way | None = None) -> Iterator[tuple[float, float]]:
         """The model merged by `mix`, for as long as the context lasts; gives the seconds of load and merge.
 
-        One thread at a time; the base weights are never written. Raises BankError for a mix of another bank, UsageError
-        where this thread has the model already.
+        way: how, if not as the engine's configuration says; with "auto" a base that can be merged into is (dense), so
+        that scores do not depend on a choice. Weights are never rounded here. One thread at a time; the base weights
+        are never written. Raises BankError for a mix of another bank, UsageError where this thread has the model.
         """
-        if mix.experts and mix.bank != self.bank.manifest.digest:
-            raise BankError("the mix was routed in another bank", "route the prompt again in this one")
         with self._turn():
             started = time.perf_counter()
-            adapters = [self._adapter(expert) for expert in mix.experts]
-            loaded = time.perf_counter()
-            updates = merge_adapters(adapters, mix.weights, mix.method) if adapters else {}
-            with self._buffer.merged(updates):
-                yield loaded - started, time.perf_counter() - loaded
+            loaded = self.executor.load([mix])
+            ready = time.perf_counter()
+            if way is None:
+                way = self._way(loaded)
+            with self.executor.attached(loaded, way):
+                yield ready - started, time.perf_counter() - ready
+
+    def prefetch(self, experts: Iterable[str]) -> Future[None]:
+        """Brings experts into memory in the background, before a prompt asks for them."""
+        return self.executor.prefetch(experts)
+
+    def _way(self, loaded: Loaded) -> Way:
+        asked = self.executor.config.execution
+        if asked == "auto":
+            return "dense" if loaded.empty or self.executor.plain else "stacked"
+        return asked
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -177,12 +190,6 @@ class Engine:
                 yield
             finally:
                 self._holder = None
-
-    def _adapter(self, expert: str) -> Adapter:
-        """Memory-mapped factors; the page cache keeps what is used."""
-        if expert not in self._adapters:
-            self._adapters[expert] = self.bank.adapter(expert)
-        return self._adapters[expert]
 
 
 class Stream:
@@ -202,22 +209,32 @@ class Stream:
         self._engine, self._ids, self._config, self._begun = engine, ids, config, begun
         self._seconds = Seconds(embed, select, 0.0, 0.0, 0.0, 0.0)
         self._tokens = 0
+        self._running: Running | None = None
+        self.choice: Choice | None = None
 
     def __iter__(self) -> Iterator[str]:
-        with self._engine.merged(self.mix) as (load, merge):
-            self._seconds = replace(self._seconds, load=load, merge=merge)
-            yield from stream(self._engine.model, self._engine.tokenizer, self._ids, self._config, self._arrived)
-        self._seconds = replace(self._seconds, total=time.perf_counter() - self._begun)
+        engine, executor = self._engine, self._engine.executor
+        with engine._turn():
+            started = time.perf_counter()
+            loaded = executor.load([self.mix])
+            load = time.perf_counter() - started
+            self.choice = executor.choose(loaded, 1, self._ids.shape[1], self._config.max_new_tokens)
+            with executor.running(loaded, self.choice) as self._running:
+                yield from stream(engine.model, engine.tokenizer, self._ids, self._config, self._arrived)
+            merge = self._running.merge_seconds
+        self._seconds = replace(self._seconds, load=load, merge=merge, total=time.perf_counter() - self._begun)
 
     def answer(self, text: str) -> Answer:
         """The finished answer; `text` is the pieces together."""
         engine, prompt_tokens = self._engine, self._ids.shape[1]
-        return Answer(text, self.mix, engine.base_variant, prompt_tokens, self._tokens, self._seconds)
+        return Answer(text, self.mix, engine.base_variant, prompt_tokens, self._tokens, self._seconds, self.choice)
 
     def _arrived(self) -> None:
         self._tokens += 1
         if self._tokens == 1:
             self._seconds = replace(self._seconds, first_token=time.perf_counter() - self._begun)
+            if self._running is not None:
+                self._running.decode()
 
 
 def open_engine(
@@ -228,12 +245,14 @@ def open_engine(
     device_map: str | None = None,
     base_variant: bool = False,
     trust_remote_code: bool = False,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
 ) -> Engine:
     """Open a bank with its base model and encoder, ready to answer.
 
     base, encoder: where they are, if not where the bank (or this machine's memory of it) says. config: how to route,
     if not as the bank says; without a β it is the bank's, or found anew where `active` is not what its build asked for.
-    base_variant: allow other weights than the bank was built for (every answer says so). Raises BankError for a base of
+    base_variant: allow other weights than the bank was built for (every answer says so). execution: how mixes run,
+    and what stays in memory. Raises BankError for a base of
     another architecture, other weights, or another encoder; ConfigError if β cannot be found.
     """
     opened = Bank.open(Path(bank))
@@ -255,6 +274,7 @@ def open_engine(
         sentence,
         routing,
         base_variant=found != mark,
+        execution=execution,
     )
 
 

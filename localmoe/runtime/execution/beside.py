@@ -1,0 +1,253 @@
+"""Stacked and grouped execution: factors of the active experts beside untouched weights, W x + Σ_k w_k B_k (A_k x)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmoe.errors import UsageError
+from localmoe.runtime.execution.dense import is_plain
+from localmoe.runtime.execution.layout import Layout, Target
+from localmoe.runtime.execution.workspace import Active, Factors, Workspace
+
+_PLANS = 256
+
+
+class Beside:
+    """Linears that add the active experts' updates to what the base gives; base weights are only read.
+
+    One product with A serves all targets of a group, since they read one input. The rows of a batch may have mixes of
+    their own: the weights multiply the narrow activations x Aᵀ, so no factor is copied for a row or a token.
+    `held` says whose factors stay gathered, if any do.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.passing = Workspace(layout, whole=False)
+        self.staying = Workspace(layout, whole=True)
+        self.held: object = None
+        self._blocks = [_BlockLanes(self, layout, index) for index in range(len(layout.blocks))]
+        self._lanes = [lane for block in self._blocks for group in block.groups for lane in group.lanes]
+        self._groups = [group for block in self._blocks for group in block.groups]
+        self._plans: dict[object, _Plan] = {}
+        self.active: Active | None = None
+        self.workspace = self.passing
+        self.current: _BlockLanes | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return self.passing.bytes + self.staying.bytes
+
+    @contextmanager
+    def attached(self, active: Active, stay: bool, key: object = None) -> Iterator[None]:
+        """The model with the updates of `active` beside its weights, for as long as the context lasts.
+
+        stay: keep the gathered factors of all layers (tokens will follow one by one) instead of one layer's at a time.
+        key: what names `active`; if its factors are still gathered nothing is read again.
+        """
+        self._begin(active, stay, key)
+        before = [lane.module.__dict__.get("forward") for lane in self._lanes]
+        try:
+            for lane, forward in zip(self._lanes, before, strict=True):
+                lane.attach(forward)
+            yield
+        finally:
+            for lane, forward in zip(self._lanes, before, strict=True):
+                lane.detach(forward)
+            for block in self._blocks:
+                block.forget()
+                block.ready = block.ready and stay  # what passed is not what stays
+            self.active = None
+
+    def _plan(self, active: Active) -> _Plan:
+        """How the narrow activations are laid out; the same object for experts of the same ranks."""
+        key = (*(expert.ranks for expert in active.experts), active.shared)
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = _plan([group.targets for group in self._groups], active)
+        return self._plans[key]
+
+    def _begin(self, active: Active, stay: bool, key: object) -> None:
+        again = stay and key is not None and key == self.held
+        self.active, self.workspace, self.current = active, self.staying if stay else self.passing, None
+        for block in self._blocks:
+            block.ready = block.ready and again
+        plan = self._plan(active)
+        merged = active.shared is not None and active.single
+        made = [_coefficients(active, ranks) for ranks in plan.ranks]
+        for group, kind in zip(self._groups, plan.groups, strict=True):
+            group.c = None if merged else _on(made[kind], group.device)
+            group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not merged
+        if stay:
+            self.held = key  # blocks are gathered when they are first come to; `ready` says which are
+
+
+class _Plan(NamedTuple):
+    """Per group the number of its kind, and per kind the experts' ranks of every target and the widths of x Aᵀ."""
+
+    groups: list[int]
+    ranks: list[tuple[tuple[int, ...], ...]]
+    sizes: list[list[int]]
+
+
+def _plan(groups: Sequence[tuple[Target, ...]], active: Active) -> _Plan:
+    kinds: dict[tuple[tuple[int, ...], ...], int] = {}
+    numbers, sizes = [], []
+    for group in groups:
+        ranks = tuple(tuple(expert.ranks[target.place] for expert in active.experts) for target in group)
+        if ranks not in kinds:
+            kinds[ranks] = len(kinds)
+            shared = active.shared
+            whole = [sum(each) for each in ranks]
+            sizes.append(whole if shared is None else [shared.ranks[target.place] for target in group])
+        numbers.append(kinds[ranks])
+    return _Plan(numbers, list(kinds), sizes)
+
+
+def _coefficients(active: Active, ranks: tuple[tuple[int, ...], ...]) -> Tensor:
+    """What multiplies the narrow activations of a group: [R] for one mix, [rows, 1, R] for several; fp32."""
+    weights = active.weights
+    wide = torch.cat([weights.repeat_interleave(torch.tensor(each), dim=1) for each in ranks], dim=1)
+    return wide[0] if active.single else wide[:, None]
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
+
+
+class _BlockLanes:
+    """One block of the layout, ready when its factors are gathered."""
+
+    def __init__(self, owner: Beside, layout: Layout, index: int) -> None:
+        self.owner = owner
+        self.index = index
+        self.device = layout.blocks[index].device
+        self.ready = False
+        self.groups = [_GroupLanes(self, group) for group in layout.blocks[index].groups]
+        self._factors: Factors | None = None
+
+    def fill(self) -> None:
+        """Gathers the factors; if one block's are kept at a time, those of the block before are given up."""
+        owner = self.owner
+        if owner.active is None:
+            raise UsageError("this execution has ended", "run the model inside the context that attached it")
+        if owner.workspace is owner.passing and owner.current is not None:
+            owner.current.ready = False
+            owner.current.forget()
+        owner.current = self
+        factors = owner.workspace.fill(self.index, owner.active, merge_shared=owner.active.single)
+        if factors is not self._factors:
+            self._factors = factors
+            Bt = iter(factors.Bt)
+            for group, At in zip(self.groups, factors.At, strict=True):
+                group.At = At
+                for lane in group.lanes:
+                    lane.Bt = next(Bt)
+        self.ready = True
+
+    def forget(self) -> None:
+        """Lets go of the activations of the last pass."""
+        for group in self.groups:
+            group.x = group.rows = None
+            group.narrow = ()
+
+
+class _GroupLanes:
+    """The targets that read one input, and the narrow activations that the first of them leaves for the others."""
+
+    def __init__(self, block: _BlockLanes, targets: tuple[Target, ...]) -> None:
+        self.block = block
+        self.targets = targets
+        self.device = block.device
+        self.d_in = targets[0].d_in
+        self.lanes = [_Lane(self, target, i) for i, target in enumerate(targets)]
+        self.At: Tensor = torch.empty(0)
+        self.c: Tensor | None = None
+        self.sizes: list[int] = []
+        self.spread = False
+        self.x: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.narrow: Sequence[Tensor] = ()
+
+    def read(self, x: Tensor) -> Sequence[Tensor]:
+        """(x Aᵀ)·w for every target of the group, [tokens, R_t] each."""
+        if not self.block.ready:
+            self.block.fill()
+        self.rows = x.reshape(-1, self.d_in)
+        narrow = torch.mm(self.rows, self.At)
+        if self.c is None:
+            self.narrow = narrow.split_with_sizes(self.sizes, 1)
+        elif self.spread:
+            self.narrow = self._spread(x, narrow)
+        else:
+            if self.c.dim() == 3:
+                self._by_row(x, narrow).mul_(self.c)
+            else:
+                narrow.mul_(self.c)
+            self.narrow = narrow.split_with_sizes(self.sizes, 1)
+        self.x = x
+        return self.narrow
+
+    def _spread(self, x: Tensor, narrow: Tensor) -> tuple[Tensor, ...]:
+        """Experts that share A: x Aᵀ once for all of them, times each row's weight of each expert."""
+        by_row, made, start, end = self._by_row(x, narrow), [], 0, 0
+        for lane, size in zip(self.lanes, self.sizes, strict=True):
+            wide = len(lane.Bt)
+            weights = self.c[:, :, end : end + wide]  # type: ignore[index]
+            repeated = by_row[:, :, start : start + size].repeat(1, 1, wide // size if size else 1)
+            made.append(repeated.mul_(weights).view(len(narrow), wide))
+            start, end = start + size, end + wide
+        return tuple(made)
+
+    def _by_row(self, x: Tensor, narrow: Tensor) -> Tensor:
+        rows = self.c.shape[0]  # type: ignore[union-attr]
+        if x.dim() != 3 or x.shape[0] != rows:
+            raise UsageError(
+                f"{self.targets[0].name} was given {list(x.shape)} in a batch of {rows} different mixes",
+                "this base mixes the rows of a batch: run one prompt after another",
+            )
+        return narrow.view(rows, -1, narrow.shape[1])
+
+
+class _Lane:
+    """One target: what takes the place of its `forward`."""
+
+    def __init__(self, group: _GroupLanes, target: Target, place: int) -> None:
+        self.group = group
+        self.module = target.module
+        self.place = place
+        self.d_out = target.d_out
+        self.Bt: Tensor = torch.empty(0)
+        self._plain = False
+        self._base = target.module.forward
+
+    def attach(self, forward: object) -> None:
+        """Takes the place of `forward`, the instance's own one, if it has one (accelerate sets such)."""
+        self._plain = forward is None and type(self.module) is nn.Linear and is_plain(self.module)
+        self._base = self.module.forward
+        self.module.__dict__["forward"] = self.forward
+
+    def detach(self, forward: object) -> None:
+        """Puts back what was there."""
+        if forward is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.__dict__["forward"] = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] → [..., d_out]."""
+        group = self.group
+        narrow = group.narrow if x is group.x else group.read(x)
+        if self._plain:
+            parameters = self.module._parameters
+            y = F.linear(group.rows, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        else:
+            y = self._base(x).reshape(-1, self.d_out)
+        y.addmm_(narrow[self.place], self.Bt)
+        return y.view(*x.shape[:-1], self.d_out)

@@ -1,0 +1,138 @@
+"""Dense execution: the merged weights in a second buffer; the base weights are never written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from localmoe.errors import BankError, UsageError
+from localmoe.lora import weight_of
+from localmoe.runtime.execution.layout import Layout, Target
+from localmoe.runtime.execution.workspace import Active, Workspace
+
+
+class DenseBuffer:
+    """One more copy of the target weights, written anew for every mix: W = W0 + Σ w_k B_k A_k.
+
+    Allocated when first used; costs the bytes of the target weights. Nothing has to be restored afterwards, since W0
+    stays where it is: outside `attached` the modules point to it. `held` says what the buffer holds, if it is whole.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._workspace = Workspace(layout, whole=False)
+        self._buffers: dict[str, nn.Parameter] = {}
+        self.held: object = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, the workspace included."""
+        return sum(buffer.nbytes for buffer in self._buffers.values()) + self._workspace.bytes
+
+    @torch.no_grad()
+    def write(self, active: Active, key: object = None) -> None:
+        """Merges one mix into the buffer, layer by layer: one `addmm` a weight; nothing to do if `key` is held.
+
+        w_k goes into Bt, in fp32 arithmetic, rounded once to the dtype of the base. Raises UsageError for weights that
+        are offloaded, quantised or spread over devices.
+        """
+        if key is not None and key == self.held:
+            return
+        self.held = None  # until it is whole
+        summed = active.shared is not None
+        for index, block in enumerate(self._layout.blocks):
+            factors = self._workspace.fill(index, active, merge_shared=True)
+            targets = iter(zip(block.targets, factors.Bt, strict=True))
+            for group, At in zip(block.groups, factors.At, strict=True):
+                start = 0
+                for _ in group:
+                    target, Bt = next(targets)
+                    if len(Bt) > 0:
+                        if not summed:
+                            _scale(Bt, active, target)
+                        self._merge(target, At[:, start : start + len(Bt)], Bt)
+                    elif target.name in self._buffers:
+                        self._target(target).copy_(weight_of(target.module))
+                    start += len(Bt)
+        self.held = key
+
+    @torch.no_grad()
+    def write_deltas(self, deltas: Mapping[str, Tensor], key: object = None) -> None:
+        """Merges dense updates ΔW [d_out, d_in] into the buffer; targets without one keep the base's weights.
+
+        Raises as `write` does, and BankError for a module that the base lacks or has in another shape.
+        """
+        self.held = None  # until it is whole
+        targets = {target.name: target for target in self._layout.targets}
+        for name, delta in deltas.items():
+            if name not in targets or tuple(delta.shape) != (targets[name].d_out, targets[name].d_in):
+                raise BankError(
+                    f"the merged update of {name!r}, {list(delta.shape)}, does not fit the base model",
+                    "was the bank built for another base? see `localmoe info BANK`",
+                )
+        for name, target in targets.items():
+            base = weight_of(target.module)
+            if name in deltas:
+                torch.add(base, deltas[name].to(base.device, base.dtype), out=self._target(target))
+            elif name in self._buffers:
+                self._target(target).copy_(base)
+        self.held = key
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model with the buffer in place of the weights it holds, for as long as the context lasts."""
+        swaps = [
+            (target.module._parameters, self._buffers[target.name])
+            for target in self._layout.targets
+            if target.name in self._buffers
+        ]
+        originals = [parameters["weight"] for parameters, _ in swaps]
+        try:
+            for parameters, buffer in swaps:
+                parameters["weight"] = buffer
+            yield
+        finally:
+            for (parameters, _), weight in zip(swaps, originals, strict=True):
+                parameters["weight"] = weight
+
+    def _merge(self, target: Target, At: Tensor, Bt: Tensor) -> None:
+        out = self._target(target)
+        if isinstance(target.module, nn.Linear):
+            torch.addmm(target.module.weight, Bt.t(), At.t(), out=out)
+        else:  # Conv1D keeps [d_in, d_out]
+            torch.addmm(weight_of(target.module).t(), At, Bt, out=out.t())
+
+    def _target(self, target: Target) -> Tensor:
+        """The buffer of a target as [d_out, d_in]."""
+        if target.name not in self._buffers:
+            check_plain(target)
+            weight = target.module._parameters["weight"]
+            with torch.inference_mode(False):  # what is made in that mode cannot be written outside it
+                self._buffers[target.name] = nn.Parameter(torch.empty_like(weight), requires_grad=False)  # type: ignore[arg-type]
+        data = self._buffers[target.name].data
+        return data if isinstance(target.module, nn.Linear) else data.t()
+
+
+def check_plain(target: Target) -> None:
+    """Raises UsageError for a weight that cannot be merged into."""
+    if not is_plain(target.module):
+        raise UsageError(
+            f"{target.name} is offloaded, quantised or spread over devices, and cannot be merged into",
+            "load the base with all its weights in memory, in a floating-point dtype; "
+            "a quantised one runs with --execution stacked",
+        )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weight of a linear is an ordinary floating-point matrix in memory."""
+    weight = module._parameters["weight"]
+    return type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point()
+
+
+def _scale(Bt: Tensor, active: Active, target: Target) -> None:
+    """Multiplies the rows of every expert by its weight."""
+    ranks = [expert.ranks[target.place] for expert in active.experts]
+    torch._foreach_mul_(list(Bt.split_with_sizes(ranks)), active.scalars)

@@ -1,0 +1,313 @@
+"""The executor: from mixes to a model that runs with them, in one of three ways, over one base and one bank."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmoe.bank.store import Bank
+from localmoe.config import ExecutionConfig
+from localmoe.errors import BankError, UsageError
+from localmoe.lora import Adapter, LowRank
+from localmoe.merging import merge_adapters
+from localmoe.routing import Mix
+from localmoe.runtime.execution.beside import Beside
+from localmoe.runtime.execution.cache import ExpertCache, quarter_of_memory
+from localmoe.runtime.execution.choice import Choice, Way, Work, choose
+from localmoe.runtime.execution.dense import DenseBuffer, is_plain
+from localmoe.runtime.execution.layout import Layout, layout
+from localmoe.runtime.execution.packed import PackedExpert, SharedFactors, moved, pack, shared_factors
+from localmoe.runtime.execution.workspace import Active
+
+TRUNK = "trunk"
+"""Id of the bank's trunk in a mix, where no expert has that name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One mix, or a batch of them, with their experts in memory.
+
+    active: None for mixes without experts (the base model). deltas: dense updates, of a merge method that is not
+    low-rank; then dense is the only way. key: names the content, None if nothing may be kept for it.
+    """
+
+    mixes: tuple[Mix, ...]
+    active: Active | None
+    deltas: dict[str, Tensor] | None
+    key: object
+
+    @property
+    def empty(self) -> bool:
+        """Whether this is the base model."""
+        return self.active is None and self.deltas is None
+
+
+class Executor:
+    """Runs a base model with mixes of a bank; the base's weights are only read. Not for several threads at once."""
+
+    def __init__(self, model: Any, bank: Bank, config: ExecutionConfig) -> None:
+        self.model = model
+        self.bank = bank
+        self.config = config
+        self.host = ExpertCache(quarter_of_memory() if config.host_bytes is None else config.host_bytes)
+        self._device: ExpertCache | None = None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The base's linears in the order of a forward pass."""
+        _check_local(self.model)
+        return layout(self.model)
+
+    @cached_property
+    def dense(self) -> DenseBuffer:
+        """The second buffer, allocated when it is first written."""
+        return DenseBuffer(self.layout)
+
+    @cached_property
+    def beside(self) -> Beside:
+        """What applies factors beside the weights."""
+        return Beside(self.layout)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether all the base's weights can be merged into."""
+        return all(is_plain(target.module) for target in self.layout.targets)
+
+    def load(self, mixes: Sequence[Mix]) -> Loaded:
+        """The experts of a batch of mixes, one mix a row, in memory; equal mixes are one.
+
+        Raises BankError for a mix of another bank, UsageError for a batch of mixes whose method is not low-rank.
+        """
+        mixes = tuple(mixes)
+        for mix in mixes:
+            if mix.experts and mix.bank != self.bank.manifest.digest:
+                raise BankError("the mix was routed in another bank", "route the prompt again in this one")
+        if all(mix == mixes[0] for mix in mixes):
+            mixes = mixes[:1]
+        key = tuple(self.key(mix) for mix in mixes) if self.config.mix_cache else None
+        pieces = [self._pieces(mix) for mix in mixes]
+        deltas = [piece for piece in pieces if isinstance(piece, dict)]
+        if deltas:
+            if len(mixes) > 1:
+                raise UsageError(
+                    "a batch of different mixes needs a merge method that is low-rank", "choose the method 'linear'"
+                )
+            return Loaded(mixes, None, deltas[0], key)
+        rows = [dict(piece) for piece in pieces if not isinstance(piece, dict)]
+        experts = list({id(expert): expert for row in rows for expert in row}.values())
+        if not experts:
+            return Loaded(mixes, None, None, key)
+        weights = [[row.get(expert, 0.0) * expert.scale for expert in experts] for row in rows]
+        return Loaded(mixes, Active(tuple(experts), torch.tensor(weights)), None, key)
+
+    def work(self, loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int) -> Work:
+        """What there is to do, for `choose`."""
+        active = loaded.active
+        return Work(
+            rows=rows,
+            mixes=len(loaded.mixes),
+            experts=0 if active is None else len(active.experts),
+            rank=0.0 if active is None else active.rank,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            shared=active is not None and active.shared is not None,
+            plain=self.plain,
+            held=loaded.key is not None and loaded.key == self.dense.held,
+        )
+
+    def choose(self, loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int) -> Choice:
+        """The ways to execute it, as the configuration and `choose` have it."""
+        if loaded.deltas is not None or loaded.empty:
+            return Choice("dense", "dense")
+        return choose(self.work(loaded, rows, prompt_tokens, new_tokens), self.config.execution)
+
+    @contextmanager
+    def running(self, loaded: Loaded, choice: Choice) -> Iterator[Running]:
+        """The model with the mixes, in the way chosen for the prompt, until `Running.decode` or the end."""
+        run = Running(self, loaded, choice)
+        try:
+            run.prefill()
+            yield run
+        finally:
+            run.close()
+
+    @contextmanager
+    def attached(self, loaded: Loaded, way: Way, stay: bool = False) -> Iterator[None]:
+        """The model with the mixes in one way; `stay`: keep the factors gathered, since single tokens will follow.
+
+        Raises UsageError for a way that cannot do it.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(_straight_head(self.model))
+            if loaded.deltas is not None:
+                if way != "dense":
+                    raise UsageError(
+                        f"the merge method {loaded.mixes[0].method!r} gives dense updates, which cannot be {way}",
+                        "choose --execution dense or auto",
+                    )
+                if loaded.key is None or loaded.key != self.dense.held:
+                    self.dense.write_deltas(loaded.deltas, loaded.key)
+                stack.enter_context(self.dense.attached())
+            elif loaded.active is not None and way == "dense":
+                if not loaded.active.single:
+                    raise UsageError("different mixes cannot be merged into one model", "run them stacked or grouped")
+                self.dense.write(loaded.active, loaded.key)
+                stack.enter_context(self.dense.attached())
+            elif loaded.active is not None:
+                stack.enter_context(self.beside.attached(loaded.active, stay, loaded.key))
+            yield
+
+    def prefetch(self, experts: Iterable[str]) -> Future[None]:
+        """Brings experts into memory in the background; errors are those of the future."""
+        wanted, done = list(experts), Future[None]()
+
+        def work() -> None:
+            try:
+                for expert in wanted:
+                    self._expert(expert)
+                done.set_result(None)
+            except BaseException as error:  # handed to whoever waits
+                done.set_exception(error)
+
+        threading.Thread(target=work, name="localmoe-prefetch", daemon=True).start()
+        return done
+
+    def forget(self) -> None:
+        """Lets go of all experts in memory and of the last mix."""
+        self.host.clear()
+        if self._device is not None:
+            self._device.clear()
+        self.dense.held = self.beside.held = None
+
+    def key(self, mix: Mix) -> str:
+        """Content hash of what decides the merged weights, in this bank."""
+        return mix.key(self.bank.manifest.base.weights, self._hashes)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        manifest = self.bank.manifest
+        trunk = {} if manifest.trunk is None else {TRUNK: manifest.trunk.sha256}
+        return trunk | {expert.id: expert.adapter.sha256 for expert in manifest.experts if expert.adapter is not None}
+
+    @cached_property
+    def _shared(self) -> SharedFactors | None:
+        trunk = self.bank.trunk() if self.bank.manifest.recipe == "trunk-shared" else None
+        return None if trunk is None else shared_factors(trunk, self.layout)
+
+    def _pieces(self, mix: Mix) -> list[tuple[PackedExpert, float]] | dict[str, Tensor]:
+        """Packed experts and their weights, or dense updates."""
+        if not mix.experts:
+            return []
+        if mix.method == "linear":
+            return [(self._expert(name), weight) for name, weight in zip(mix.experts, mix.weights, strict=True)]
+        merged = merge_adapters([self._adapter(name) for name in mix.experts], mix.weights, mix.method)
+        low_rank = {name: update for name, update in merged.items() if isinstance(update, LowRank)}
+        if len(low_rank) == len(merged):
+            return [(pack(low_rank, self.layout), 1.0)]
+        return {name: update.delta() if isinstance(update, LowRank) else update for name, update in merged.items()}
+
+    def _expert(self, name: str) -> PackedExpert:
+        if name not in self._hashes:
+            self._adapter(name)  # raises for an expert that is unknown or failed
+        key = self._hashes[name]
+        if self.layout.blocks[0].device.type == "cpu":
+            return self.host.get(key, lambda: self._packed(name))
+        if self._device is None:
+            self._device = ExpertCache(_device_bytes(self.config))
+        return self._device.get(key, lambda: moved(self.host.get(key, lambda: self._packed(name)), self.layout))
+
+    def _packed(self, name: str) -> PackedExpert:
+        return pack(self._adapter(name), self.layout, self._shared, pin=torch.cuda.is_available())
+
+    def _adapter(self, name: str) -> Adapter:
+        trunk = self.bank.trunk() if name == TRUNK and all(e.id != TRUNK for e in self.bank.manifest.experts) else None
+        return self.bank.adapter(name) if trunk is None else trunk
+
+
+class Running:
+    """A model running with mixes: one way for the prompt, another for the tokens after it."""
+
+    def __init__(self, executor: Executor, loaded: Loaded, choice: Choice) -> None:
+        self.choice = choice
+        self.merge_seconds = 0.0
+        """Time spent on merging and attaching."""
+        self._executor, self._loaded = executor, loaded
+        self._stack = ExitStack()
+        self._way: Way | None = None
+
+    def prefill(self) -> None:
+        """Goes the way chosen for the prompt."""
+        self._use(self.choice.prefill, stay=self.choice.decode == self.choice.prefill)
+
+    def decode(self) -> None:
+        """Goes the way chosen for the tokens after it; nothing to do if it is the same."""
+        self._use(self.choice.decode, stay=True)
+
+    def close(self) -> None:
+        """Gives the model back."""
+        self._stack.close()
+        self._way = None
+
+    def _use(self, way: Way, stay: bool) -> None:
+        if way == self._way:
+            return
+        started = time.perf_counter()
+        self.close()
+        self._stack.enter_context(self._executor.attached(self._loaded, way, stay))
+        self._way = way
+        self.merge_seconds += time.perf_counter() - started
+
+
+def rounded(mix: Mix, steps: int) -> Mix:
+    """The mix with its weights rounded to multiples of 1/steps, so that more prompts repeat a mix; zeros leave it."""
+    weights = [(expert, round(weight * steps) / steps) for expert, weight in zip(mix.experts, mix.weights, strict=True)]
+    kept = [(expert, weight) for expert, weight in weights if weight != 0]
+    if not kept:
+        return mix
+    return replace(mix, experts=tuple(e for e, _ in kept), weights=tuple(w for _, w in kept))
+
+
+@contextmanager
+def _straight_head(model: Any) -> Iterator[None]:
+    """The output head reads rows: a product with one strided row in three dimensions copies the whole weight first."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        yield
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x.reshape(-1, x.shape[-1]), head.weight, head.bias).view(*x.shape[:-1], -1)
+
+    head.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
+
+
+def _check_local(model: Any) -> None:
+    """Raises UsageError for weights that are cut over devices (tensor-parallel)."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise UsageError(
+                f"{name} is cut over several devices (tensor-parallel), and experts cannot be applied to a part",
+                "load the base without a tp_plan; --device-map auto puts whole layers on devices",
+            )
+
+
+def _device_bytes(config: ExecutionConfig) -> int:
+    """Bytes for experts on the accelerator: what is asked for, or half of what is free."""
+    if config.device_bytes is not None:
+        return config.device_bytes
+    free, _ = torch.cuda.mem_get_info()
+    return free // 2

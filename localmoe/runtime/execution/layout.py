@@ -1,0 +1,126 @@
+"""Layout: which linears of a base read the same input, and in which order a forward pass comes to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localmoe.models import target_linears
+
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One linear that experts change; `place` is its index among all targets of the layout."""
+
+    name: str
+    module: nn.Module
+    place: int
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The targets of one layer of the base, in groups that read one and the same input (q, k, v; gate, up)."""
+
+    name: str
+    groups: tuple[tuple[Target, ...], ...]
+    device: torch.device
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All targets of the block, in the order in which factors are packed."""
+        return tuple(target for group in self.groups for target in group)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The targets of a base, block by block in the order of a forward pass."""
+
+    blocks: tuple[Block, ...]
+    dtype: torch.dtype
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All targets, by place."""
+        return tuple(target for block in self.blocks for target in block.targets)
+
+
+def layout(model: Any) -> Layout:
+    """The layout of a base, found by one forward pass of two tokens that records every target's input.
+
+    A target that this pass does not come to stands in a group of its own, after the others.
+    """
+    modules = target_linears(model)
+    groups = _grouped(list(modules), _inputs(model, modules))
+    names: dict[str, list[list[str]]] = {}
+    for group in groups:
+        names.setdefault(_layer(group[0]), []).append(group)
+    place, blocks = 0, []
+    for layer, members in names.items():
+        made = []
+        for group in members:
+            made.append(tuple(_target(name, modules[name], place + i) for i, name in enumerate(group)))
+            place += len(group)
+        weight = made[0][0].module.weight
+        blocks.append(Block(layer, tuple(made), weight.device))  # type: ignore[arg-type]
+    return Layout(tuple(blocks), model.dtype)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear, whatever form its weight is stored in (quantised ones are packed)."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[1], weight.shape[0]
+
+
+@torch.inference_mode()
+def _inputs(model: Any, modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """Name and input of every target, in the order of the calls; the inputs are kept, so that identity means one."""
+    seen: list[tuple[str, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, given, name=name: seen.append((name, given[0])))
+        for name, module in modules.items()
+    ]
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _grouped(names: Sequence[str], seen: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
+    """Consecutive calls of one layer with one input form a group."""
+    groups: list[list[str]] = []
+    last: Tensor | None = None
+    known: set[str] = set()
+    for name, given in seen:
+        if name in known:  # called more than once a pass: it stays where it was first
+            continue
+        known.add(name)
+        if given is last and _layer(groups[-1][-1]) == _layer(name):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last = given
+    return groups + [[name] for name in names if name not in known]
+
+
+def _target(name: str, module: nn.Module, place: int) -> Target:
+    d_out, d_in = shape_of(module)
+    return Target(name, module, place, d_in, d_out)
+
+
+def _layer(name: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`."""
+    match = _LAYER.match(name)
+    return match[0] if match is not None else ""

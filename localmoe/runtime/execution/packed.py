@@ -1,0 +1,157 @@
+"""Packed experts: one adapter laid out as execution reads it, every factor in rows, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import BankError
+from localmoe.lora import Adapter
+from localmoe.runtime.execution.layout import Block, Layout
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExpert:
+    """One expert: ΔW of target t = scale · Btᵀ A, with A [r_t, d_in] and Bt [r_t, d_out] in the dtype of the base.
+
+    blocks: one flat tensor a block, on the block's device: A of all its targets, then Bt of all; Bt alone where A is
+    shared. parts: the same memory, a view per factor (empty where the expert does not change the target).
+    shared: the packed A that this expert shares with others; ranks: r_t by the place of the target.
+    """
+
+    blocks: tuple[Tensor, ...]
+    parts: tuple[tuple[Tensor, ...], ...]
+    ranks: tuple[int, ...]
+    scale: float
+    shared: SharedFactors | None
+    modules: frozenset[str]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that this expert alone holds."""
+        return sum(block.nbytes for block in self.blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedFactors:
+    """The A of a trunk that all its experts share: per block and group [Σ r_t, d_in], contiguous.
+
+    parts: the same memory, a flat view per target; source: module name → the tensor that `Bank.adapter` hands out.
+    """
+
+    groups: tuple[tuple[Tensor, ...], ...]
+    parts: tuple[tuple[Tensor, ...], ...]
+    source: dict[str, Tensor]
+    ranks: tuple[int, ...]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def shared_factors(trunk: Adapter, layout: Layout) -> SharedFactors:
+    """The A factors of a trunk, packed once for all experts that share them."""
+    check_fits(trunk, layout)
+    ranks, groups, parts = _ranks(trunk, layout), [], []
+    for block in layout.blocks:
+        made: list[Tensor] = []
+        views: list[Tensor] = []
+        for group in block.groups:
+            rows = [trunk[target.name].A for target in group if target.name in trunk]
+            empty = torch.empty(0, group[0].d_in)
+            made.append(torch.cat(rows or [empty]).to(block.device, layout.dtype))
+            views += made[-1].view(-1).split_with_sizes([ranks[target.place] * target.d_in for target in group])
+        groups.append(tuple(made))
+        parts.append(tuple(views))
+    return SharedFactors(tuple(groups), tuple(parts), {name: update.A for name, update in trunk.items()}, ranks)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def pack(adapter: Adapter, layout: Layout, shared: SharedFactors | None = None, pin: bool = False) -> PackedExpert:
+    """An adapter in the layout of a base, in host memory (pinned if asked) in the base's dtype.
+
+    Where all c are one number it stays apart, as `scale`; else B takes c, in fp32, before it is rounded.
+    Raises BankError for a module that the base lacks or has in another shape.
+    """
+    check_fits(adapter, layout)
+    with_A = shared is None or any(shared.source.get(name) is not update.A for name, update in adapter.items())
+    ranks = _ranks(adapter, layout)
+    if not with_A and shared is not None and ranks != shared.ranks:
+        with_A = True  # it leaves modules out: its rows do not line up with the trunk's
+    sizes = [_sizes(block, ranks, with_A) for block in layout.blocks]
+    flat = torch.empty(sum(map(sum, sizes)), dtype=layout.dtype, pin_memory=pin)
+    blocks = tuple(flat.split_with_sizes([sum(part) for part in sizes]))
+    parts = tuple(tuple(block.split_with_sizes(part)) for block, part in zip(blocks, sizes, strict=True))
+    scale = _common_scale(adapter)
+    for block, views in zip(layout.blocks, parts, strict=True):
+        _fill(block, views, adapter, ranks, with_A, fold=scale is None)
+    one = 1.0 if scale is None else scale
+    return PackedExpert(blocks, parts, ranks, one, None if with_A else shared, frozenset(adapter))
+
+
+def moved(expert: PackedExpert, layout: Layout) -> PackedExpert:
+    """The expert on the devices of the base's blocks; copies from pinned memory do not wait."""
+    blocks = tuple(
+        flat.to(block.device, non_blocking=True) for flat, block in zip(expert.blocks, layout.blocks, strict=True)
+    )
+    parts = tuple(
+        tuple(block.split_with_sizes([view.numel() for view in views]))
+        for block, views in zip(blocks, expert.parts, strict=True)
+    )
+    return PackedExpert(blocks, parts, expert.ranks, expert.scale, expert.shared, expert.modules)
+
+
+def check_fits(adapter: Adapter, layout: Layout) -> None:
+    """Raises BankError for a module that the base lacks or has in another shape."""
+    shapes = {target.name: (target.d_out, target.d_in) for target in layout.targets}
+    for name, update in adapter.items():
+        found = (update.B.shape[0], update.A.shape[1])
+        if name not in shapes:
+            raise BankError(
+                f"the expert changes {name!r}, which the base model does not have",
+                "was the bank built for another base? see `localmoe info BANK`",
+            )
+        if found != shapes[name]:
+            raise BankError(
+                f"the expert changes {name} as if it were {list(found)}, and it is {list(shapes[name])}",
+                "was the bank built for another base? see `localmoe info BANK`",
+            )
+
+
+def _ranks(adapter: Adapter, layout: Layout) -> tuple[int, ...]:
+    return _one(tuple(adapter[target.name].rank if target.name in adapter else 0 for target in layout.targets))
+
+
+@lru_cache(maxsize=64)
+def _one(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The same tuple for equal ranks, so that comparing them costs nothing."""
+    return ranks
+
+
+def _sizes(block: Block, ranks: tuple[int, ...], with_A: bool) -> list[int]:
+    A = [ranks[target.place] * target.d_in for target in block.targets] if with_A else []
+    return A + [ranks[target.place] * target.d_out for target in block.targets]
+
+
+def _common_scale(adapter: Adapter) -> float | None:
+    """The one value of all c, or None."""
+    first = next(iter(adapter.values())).c[0]
+    alike = all(bool((update.c == first).all()) for update in adapter.values())
+    return float(first) if alike else None
+
+
+def _fill(
+    block: Block, views: tuple[Tensor, ...], adapter: Adapter, ranks: tuple[int, ...], with_A: bool, fold: bool
+) -> None:
+    targets = block.targets
+    for i, target in enumerate(targets):
+        rank = ranks[target.place]
+        if rank == 0:
+            continue
+        update = adapter[target.name]
+        if with_A:
+            views[i].view(rank, target.d_in).copy_(update.A)
+        B = update.B.float() * update.c if fold else update.B
+        views[len(targets) * with_A + i].view(rank, target.d_out).copy_(B.t())

@@ -1,0 +1,158 @@
+"""Workspace: the factors of the active experts side by side, gathered layer by layer into memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from localmoe.errors import BankError
+from localmoe.runtime.execution.layout import Block, Layout
+from localmoe.runtime.execution.packed import PackedExpert, SharedFactors
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """The experts of one mix, or of all mixes of a batch, and what each row of the batch gives them.
+
+    weights: [rows, N] fp32, the expert's scale in it; one row stands for the whole batch. shared: their common A, if
+    all have one. Raises BankError for experts that change different modules.
+    """
+
+    experts: tuple[PackedExpert, ...]
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        first = self.experts[0].modules
+        for place, expert in enumerate(self.experts):
+            if expert.modules != first:
+                module = min(expert.modules ^ first)
+                without = place if module in first else 0
+                raise BankError(
+                    f"adapter {without} of the {len(self.experts)} to merge has no update for module {module!r}",
+                    "merge experts of one bank: they are trained on the same modules",
+                )
+
+    @cached_property
+    def shared(self) -> SharedFactors | None:
+        """The A that all of them share, or None."""
+        one = self.experts[0].shared
+        return one if one is not None and all(expert.shared is one for expert in self.experts) else None
+
+    @cached_property
+    def scalars(self) -> list[float]:
+        """The weights of the first row, as numbers."""
+        return self.weights[0].tolist()
+
+    @property
+    def single(self) -> bool:
+        """Whether one mix serves the whole batch."""
+        return self.weights.shape[0] == 1
+
+    @property
+    def rank(self) -> float:
+        """Σ of the experts' ranks, the mean over the targets: what reading and applying them costs."""
+        return sum(sum(expert.ranks) / len(expert.ranks) for expert in self.experts)
+
+
+class Factors(NamedTuple):
+    """The factors of one block: A per group, transposed, [d_in, Σ R_t]; Bt per target [R_t, d_out]."""
+
+    At: tuple[Tensor, ...]
+    Bt: tuple[Tensor, ...]
+
+
+class Workspace:
+    """Memory for the factors of one block at a time, or of all blocks (`whole`).
+
+    One block at a time stays in the processor's cache and costs one read of the experts; all blocks are for factors
+    that are read again at every token. `merge_shared`: experts that share A become one of their rank, Σ w_k B_k.
+    """
+
+    def __init__(self, layout: Layout, whole: bool) -> None:
+        self._layout = layout
+        self._whole = whole
+        self._memory: dict[int | torch.device, Tensor] = {}
+        self._views: dict[int, tuple[tuple[object, ...], Factors]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    @torch.no_grad()
+    def fill(self, index: int, active: Active, merge_shared: bool) -> Factors:
+        """Gathers block `index` for the active experts; in a workspace of one block this ends the block before.
+
+        Rows of A and Bt are ordered by target, then by expert. With `merge_shared` and one common A the weights are
+        in Bt already.
+        """
+        shared = active.shared
+        if shared is not None and merge_shared and active.single:
+            return self._summed(index, active, shared)
+        experts = active.experts
+        if shared is not None or all(expert.shared is None for expert in experts):
+            parts = _interleaved([expert.parts[index] for expert in experts])
+        else:
+            parts = _interleaved([_whole(expert, index) for expert in experts])
+        flat = self._flat(index, sum(part.numel() for part in parts))
+        torch.cat(parts, out=flat)
+        return self._factors(index, flat, [expert.ranks for expert in experts], shared)
+
+    def _summed(self, index: int, active: Active, shared: SharedFactors) -> Factors:
+        """Σ_k w_k Bt_k in fp32, rounded once; A is the shared one itself."""
+        blocks = [expert.blocks[index] for expert in active.experts]
+        total = torch.zeros(blocks[0].shape, dtype=torch.float32, device=blocks[0].device)
+        for block, weight in zip(blocks, active.scalars, strict=True):
+            total.add_(block, alpha=weight)
+        flat = self._flat(index, total.numel())
+        flat.copy_(total)
+        return self._factors(index, flat, [shared.ranks], shared)
+
+    def _flat(self, index: int, size: int) -> Tensor:
+        device = self._layout.blocks[index].device
+        key = index if self._whole else device
+        if key not in self._memory or self._memory[key].numel() < size:
+            with torch.inference_mode(False):  # what is made in that mode cannot be written outside it
+                self._memory[key] = torch.empty(size, dtype=self._layout.dtype, device=device)
+        return self._memory[key][:size]
+
+    def _factors(
+        self, index: int, flat: Tensor, ranks: Sequence[tuple[int, ...]], shared: SharedFactors | None
+    ) -> Factors:
+        """Views of the gathered memory; made again only where memory or ranks changed."""
+        key = (flat.data_ptr(), flat.numel(), *ranks, shared)
+        if index in self._views and self._views[index][0] == key:
+            return self._views[index][1]
+        block = self._layout.blocks[index]
+        R = {target.place: sum(rank[target.place] for rank in ranks) for target in block.targets}
+        made = _views(block, flat, R, None if shared is None else shared.groups[index])
+        self._views[index] = (key, made)
+        return made
+
+
+def _interleaved(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Factor by factor, and of each factor expert by expert."""
+    return list(chain.from_iterable(zip(*parts, strict=True)))
+
+
+def _whole(expert: PackedExpert, index: int) -> tuple[Tensor, ...]:
+    return expert.parts[index] if expert.shared is None else expert.shared.parts[index] + expert.parts[index]
+
+
+def _views(block: Block, flat: Tensor, R: dict[int, int], shared: tuple[Tensor, ...] | None) -> Factors:
+    start, At, Bt = 0, [], []
+    for group in block.groups if shared is None else ():
+        rows, d_in = sum(R[target.place] for target in group), group[0].d_in
+        At.append(flat[start : start + rows * d_in].view(rows, d_in).t())
+        start += rows * d_in
+    for target in block.targets:
+        size = R[target.place] * target.d_out
+        Bt.append(flat[start : start + size].view(R[target.place], target.d_out))
+        start += size
+    return Factors(tuple(At) if shared is None else tuple(A.t() for A in shared), tuple(Bt))

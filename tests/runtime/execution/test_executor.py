@@ -1,0 +1,352 @@
+"""Execution of mixes: three ways, one algebra; base weights that stay as they are; what is kept and what is not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from mixing import TOLERANCE, executor, mix, oracle
+
+from localmoe.errors import BankError, UsageError
+from localmoe.lora import Adapter, LowRank
+from localmoe.merging import mergers
+from localmoe.routing import Mix
+from localmoe.runtime.execution import TRUNK, Choice, Executor, Way, rounded
+
+WAYS: tuple[Way, ...] = ("dense", "stacked", "grouped")
+NEGATIVE = {"a": 0.7, "b": -0.4, "c": 1.1}
+IDS = tiny.passages(9)[0].tokens[None]
+
+
+def _adapters(model: Any) -> dict[str, Adapter]:
+    """Three experts of different ranks."""
+    return {
+        name: tiny.random_adapter(model, seed, rank) for name, seed, rank in (("a", 1, 2), ("b", 2, 3), ("c", 3, 1))
+    }
+
+
+def _sharing(model: Any) -> tuple[dict[str, Adapter], Adapter]:
+    """Two experts that share the A of their trunk, and that trunk."""
+    trunk = tiny.random_adapter(model, 9)
+    experts = {
+        name: {module: LowRank(trunk[module].A, update.B, update.c) for module, update in own.items()}
+        for name, own in (("a", tiny.random_adapter(model, 1)), ("b", tiny.random_adapter(model, 2)))
+    }
+    return experts, trunk
+
+
+@torch.no_grad()
+def _logits(run: Executor, chosen: Mix, way: Way, stay: bool = False, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with run.attached(run.load([chosen]), way, stay):
+        logits: torch.Tensor = run.model(ids).logits
+    return logits
+
+
+# one algebra
+
+
+@pytest.mark.parametrize("stay", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_every_way_gives_the_logits_of_the_formula(name: str, way: Way, stay: bool) -> None:
+    model = tiny.base(name)
+    adapters, before = _adapters(model), tiny.checksum(model)
+    expected = oracle(model, adapters, mix(**NEGATIVE), IDS)
+    logits = _logits(executor(model, adapters), mix(**NEGATIVE), way, stay)
+    torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert tiny.checksum(model) == before
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_every_way_gives_the_logits_of_peft(name: str, tmp_path: Path) -> None:
+    model = tiny.base(name)
+    adapter = tiny.random_adapter(model)
+    with torch.no_grad():
+        theirs = tiny.peft_model(model, adapter, tmp_path)(IDS).logits
+    run = executor(model, {"a": adapter})
+    for way in WAYS:
+        torch.testing.assert_close(_logits(run, mix(a=1.0), way), theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_experts_that_share_their_first_factor_and_their_trunk_merge_exactly(name: str, way: Way) -> None:
+    model = tiny.base(name)
+    experts, trunk = _sharing(model)
+    chosen = mix(a=0.8, b=-0.5, trunk=1.3)
+    expected = oracle(model, experts | {TRUNK: trunk}, chosen, IDS)
+    run = executor(model, experts, trunk)
+    loaded = run.load([chosen])
+    assert loaded.active is not None and loaded.active.shared is not None
+    torch.testing.assert_close(_logits(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_expert_with_factors_of_its_own_mixes_with_those_that_share_one(way: Way) -> None:
+    model = tiny.base("llama")
+    experts, trunk = _sharing(model)
+    experts["c"] = tiny.random_adapter(model, 3, 2)
+    chosen = mix(a=0.8, b=0.5, c=-0.6)
+    logits = _logits(executor(model, experts, trunk), chosen, way)
+    expected = oracle(model, experts, chosen, IDS)
+    torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scaling_that_differs_between_modules_and_rows_is_kept(way: Way) -> None:
+    model = tiny.base("llama")
+    adapters = _adapters(model)
+    adapters["b"] = {
+        module: LowRank(update.A, update.B, torch.rand(update.rank) + place)
+        for place, (module, update) in enumerate(adapters["b"].items())
+    }
+    expected = oracle(model, adapters, mix(a=0.5, b=0.1), IDS)
+    logits = _logits(executor(model, adapters), mix(a=0.5, b=0.1), way)
+    torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_of_a_few_modules_leave_the_others_alone_and_nothing_stays_of_the_mix_before(way: Way) -> None:
+    model = tiny.base("llama")
+    adapters = _adapters(model)
+    few = {name: dict(list(adapter.items())[:3]) for name, adapter in adapters.items()}
+    both = adapters | {f"few-{name}": adapter for name, adapter in few.items()}
+    run = executor(model, both)
+    _logits(run, mix(**NEGATIVE), way)
+    chosen = Mix(("few-a", "few-b"), (0.5, 0.4), "linear", "digest", None)
+    left_out = {m: LowRank(u.A * 0, u.B, u.c) for m, u in adapters["a"].items() if m not in few["a"]}
+    expected = oracle(model, {f"few-{name}": adapter | left_out for name, adapter in few.items()}, chosen, IDS)
+    torch.testing.assert_close(_logits(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_bf16_the_logits_are_within_a_bf16_models_own_error(way: Way) -> None:
+    # the oracle of the bf16 model is itself off by what its activations are rounded by
+    model = tiny.causal_model("llama", **tiny.LLAMA).bfloat16()
+    adapters = {
+        n: {m: LowRank(u.A.bfloat16(), u.B.bfloat16(), u.c) for m, u in a.items()} for n, a in _adapters(model).items()
+    }
+    expected = oracle(model, adapters, mix(**NEGATIVE), IDS)
+    rounding = (model(IDS).logits.double() - oracle(model, {}, mix(), IDS)).abs().mean()
+    error = (_logits(executor(model, adapters), mix(**NEGATIVE), way).double() - expected).abs().mean()
+    assert error < 2 * rounding
+
+
+def test_every_row_of_a_batch_has_its_own_mix() -> None:
+    for name in tiny.ARCHITECTURES:
+        model = tiny.base(name)
+        adapters = _adapters(model)
+        mixes = [mix(a=1.0), mix(b=0.5, c=-0.5), mix(), mix(a=0.3, c=0.7)]
+        ids = torch.stack([passage.tokens for passage in tiny.passages(9, 9, 9, 9)])
+        run = executor(model, adapters)
+        with torch.no_grad(), run.attached(run.load(mixes), "grouped", stay=True):
+            logits = model(ids).logits
+        for row, chosen in enumerate(mixes):
+            expected = oracle(model, adapters, chosen, ids[row : row + 1])[0]
+            torch.testing.assert_close(logits[row].double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_every_row_of_a_batch_has_its_own_mix_of_experts_that_share_a_factor() -> None:
+    model = tiny.base("llama")
+    experts, trunk = _sharing(model)
+    mixes = [mix(a=1.0), mix(a=0.5, b=-0.5), mix(), mix(b=0.3, trunk=0.7)]
+    ids = torch.stack([passage.tokens for passage in tiny.passages(9, 9, 9, 9)])
+    run = executor(model, experts, trunk)
+    with torch.no_grad(), run.attached(run.load(mixes), "grouped"):
+        logits = model(ids).logits
+    for row, chosen in enumerate(mixes):
+        expected = oracle(model, experts | {TRUNK: trunk}, chosen, ids[row : row + 1])[0]
+        torch.testing.assert_close(logits[row].double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# merge methods
+
+
+def test_a_method_that_is_low_rank_or_dense_runs_where_it_can() -> None:
+    model = tiny.base("llama")
+    adapters = _adapters(model)
+    expected = oracle(model, adapters, mix(a=0.5, b=0.5), IDS)
+
+    @mergers.register("test-dense")
+    def dense(updates: Any) -> torch.Tensor:
+        return torch.stack([update.delta() for update in updates]).sum(0)
+
+    @mergers.register("test-low-rank")
+    def low_rank(updates: Any) -> LowRank:
+        return mergers["linear"](updates)
+
+    run = executor(model, adapters)
+    try:
+        for method, ways in (("test-dense", WAYS[:1]), ("test-low-rank", WAYS)):
+            for way in ways:
+                chosen = Mix(("a", "b"), (0.5, 0.5), method, "digest", None)
+                logits = _logits(run, chosen, way)
+                torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        with pytest.raises(UsageError, match="dense updates"):
+            _logits(run, Mix(("a", "b"), (0.5, 0.5), "test-dense", "digest", None), "stacked")
+    finally:
+        for method in ("test-dense", "test-low-rank"):
+            mergers._functions.pop(method)
+
+
+# what is left behind
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_the_base_is_as_it_was_after_exceptions(name: str, way: Way) -> None:
+    model = tiny.base(name)
+    before, run = tiny.checksum(model), executor(model, _adapters(model))
+    with torch.no_grad():
+        plain = model(IDS).logits
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), run.attached(run.load([mix(a=1.0)]), way):
+                assert not torch.equal(model(IDS).logits, plain)
+                raise ZeroDivisionError
+        assert torch.equal(model(IDS).logits, plain)
+    assert tiny.checksum(model) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mix_without_experts_is_the_base_itself(way: Way) -> None:
+    model = tiny.base("llama")
+    run = executor(model, _adapters(model))
+    _logits(run, mix(a=1.0), way)
+    with torch.no_grad():
+        assert torch.equal(_logits(run, mix(), way), model(IDS).logits)
+
+
+def test_what_one_phase_begins_another_goes_on_with() -> None:
+    model = tiny.base("llama")
+    adapters = _adapters(model)
+    run = executor(model, adapters)
+    expected = oracle(model, adapters, mix(**NEGATIVE), IDS)
+    for choice in (Choice("stacked", "dense"), Choice("dense", "stacked"), Choice("grouped", "grouped")):
+        loaded = run.load([mix(**NEGATIVE)])
+        with torch.inference_mode(), run.running(loaded, choice) as running:
+            first = model(IDS[:, :5], use_cache=True)
+            running.decode()
+            rest = model(IDS[:, 5:], past_key_values=first.past_key_values).logits
+        logits = torch.cat([first.logits, rest], dim=1)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    # memory that was first written in inference mode is written outside it
+    _logits(run, mix(b=1.0), "dense")
+    _logits(run, mix(b=1.0), "stacked", stay=True)
+
+
+# caches
+
+
+def test_a_repeated_mix_is_not_merged_again_and_a_changed_weight_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.base("llama")
+    adapters = _adapters(model)
+    gathered: list[int] = []
+    for run in (executor(model, adapters), executor(model, adapters, mix_cache=False)):
+        for workspace in (run.dense._workspace, run.beside.staying):
+            fill = workspace.fill
+
+            def counted(index: int, *rest: Any, fill: Any = fill, **more: Any) -> Any:
+                gathered.append(index)
+                return fill(index, *rest, **more)
+
+            monkeypatch.setattr(workspace, "fill", counted)
+        blocks = len(run.layout.blocks)
+        for way in ("dense", "stacked"):
+            for weight, again in ((0.5, 1), (0.5, 0), (0.5 + 1e-7, 1), (0.5, 1)):
+                gathered.clear()
+                logits = _logits(run, mix(a=weight, b=0.5), way, stay=True)
+                expected = oracle(model, adapters, mix(a=weight, b=0.5), IDS)
+                torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+                assert len(gathered) == blocks * (again if run.config.mix_cache else 1)
+
+
+def test_factors_that_stay_are_those_of_their_mix_after_another_has_passed() -> None:
+    model = tiny.base("llama")
+    adapters = _adapters(model)
+    run = executor(model, adapters)
+    for chosen, stay in ((mix(a=1.0), True), (mix(b=1.0), False), (mix(a=1.0), True), (mix(b=1.0), True)):
+        expected = oracle(model, adapters, chosen, IDS)
+        logits = _logits(run, chosen, "stacked", stay)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_experts_are_read_when_they_are_used_and_leave_when_memory_is_full() -> None:
+    model = tiny.base("llama")
+    adapters = {f"e{i:04d}": tiny.random_adapter(model, seed=i % 7, rank=1) for i in range(1000)}
+    run = executor(model, adapters)
+    assert run.host.bytes == 0
+    run.load([mix(e0001=0.5, e0900=0.5)])
+    one = run.host.bytes // 2
+    assert one == sum(update.A.nbytes + update.B.nbytes for update in adapters["e0001"].values())
+    small = executor(model, adapters, host_bytes=2 * one)
+    for names in (("e0001", "e0002"), ("e0001", "e0003"), ("e0001", "e0002", "e0003")):
+        chosen = mix(**dict.fromkeys(names, 0.5))
+        expected = oracle(model, adapters, chosen, IDS)
+        torch.testing.assert_close(_logits(small, chosen, "stacked").double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        assert small.host.bytes <= 2 * one
+    assert "hash of e0001" not in small.host
+    nothing = executor(model, adapters, host_bytes=0)
+    nothing.load([mix(e0001=1.0)])
+    assert nothing.host.bytes == 0
+
+
+def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> None:
+    model = tiny.base("llama")
+    run = executor(model, _adapters(model))
+    run.prefetch(["a", "c"]).result(timeout=60)
+    assert "hash of a" in run.host and "hash of b" not in run.host
+    with pytest.raises(KeyError):
+        run.prefetch(["nobody"]).result(timeout=60)
+
+
+def test_rounded_weights_are_multiples_and_never_nothing() -> None:
+    assert rounded(mix(a=0.52, b=0.47, c=0.01), 4) == mix(a=0.5, b=0.5)
+    assert rounded(mix(a=0.1), 4) == mix(a=0.1)
+
+
+# what is refused
+
+
+def test_an_expert_that_does_not_fit_the_base_is_an_error_that_names_the_module() -> None:
+    model = tiny.base("llama")
+    before, good = tiny.checksum(model), tiny.random_adapter(model)
+    last = list(good)[-1]
+    wrong = {
+        "as if it were": good | {last: LowRank(torch.ones(2, 5), torch.ones(7, 2), torch.ones(2))},
+        r"model\.layers\.9": good | {"model.layers.9.mlp.up_proj": good["model.layers.0.mlp.up_proj"]},
+    }
+    for message, adapter in wrong.items():
+        with pytest.raises(BankError, match=message):
+            executor(model, {"a": adapter}).load([mix(a=1.0)])
+    few = dict(list(good.items())[:3])
+    with pytest.raises(BankError, match="has no update for module"):
+        executor(model, {"a": good, "b": few}).load([mix(a=0.5, b=0.5)])
+    assert tiny.checksum(model) == before
+
+
+def test_weights_that_cannot_be_merged_into_are_refused_for_dense() -> None:
+    for change in (torch.int8, "meta"):
+        model = tiny.causal_model("llama", **tiny.LLAMA)
+        run = executor(model, {"a": tiny.random_adapter(model)})
+        loaded = run.load([mix(a=1.0)])
+        module = model.model.layers[0].mlp.up_proj
+        module.weight = torch.nn.Parameter(module.weight.to(change), requires_grad=False)
+        with pytest.raises(UsageError, match="offloaded, quantised"), run.attached(loaded, "dense"):
+            pass
+
+
+def test_a_batch_of_different_mixes_is_refused_for_dense_and_where_rows_are_mixed() -> None:
+    model = tiny.base("llama")
+    run = executor(model, _adapters(model))
+    loaded = run.load([mix(a=1.0), mix(b=1.0)])
+    with pytest.raises(UsageError, match="different mixes"), run.attached(loaded, "dense"):
+        pass
+    with pytest.raises(UsageError, match="batch of 2"), torch.no_grad(), run.attached(loaded, "grouped"):
+        model(torch.cat([IDS] * 3))
+
+
+def test_a_mix_of_another_bank_is_refused() -> None:
+    model = tiny.base("llama")
+    with pytest.raises(BankError, match="another bank"):
+        executor(model, _adapters(model)).load([Mix(("a",), (1.0,), "linear", "other", None)])
