@@ -232,6 +232,47 @@ def evaluate(bank: Path, output: Path | None, as_json: bool, **options: Any) -> 
         screen.results().print(f"\nreport: {folder / 'report.html'}", markup=False, soft_wrap=True)
 
 
+@main.command("lm-eval", panel="Look at a bank")
+@click.argument("bank", type=PATH)
+@click.option("--tasks", required=True, metavar="NAME,...", help="Tasks, separated by commas.")
+@click.option("--data", type=PATH, metavar="FOLDER", help="Folder of task files; other names are the harness's own.")
+@click.option("-o", "--output", type=PATH, metavar="FOLDER", help="Keep the harness's result files there.")
+@click.option("--cache", type=PATH, metavar="FOLDER", help="Keep answers there, for the next run of the same.")
+@lm_eval_options
+@routing_options
+@model_options
+@as_json
+def lm_eval(
+    bank: Path,
+    tasks: str,
+    data: Path | None,
+    output: Path | None,
+    cache: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Ask a bank, and its base beside it, the tasks of lm-evaluation-harness; compare them document by document.
+
+    A task is a file in --data (arc_easy: arc_easy.jsonl; NAME_nll: how likely its reference answers are; mmlu,
+    mmlu_anatomy, ...: mmlu*.tar.gz), or one of the harness's own, which need the hub.
+
+    [dim]Examples:[/dim]
+        [cyan]$[/cyan] localmoe lm-eval notes-bank --data tasks/ --tasks arc_easy,boolq --limit 100
+        [cyan]$[/cyan] localmoe lm-eval math-bank --data tasks/ --tasks gsm8k,gsm8k_nll --chat-template both -o results/
+        [cyan]$[/cyan] localmoe lm-eval notes-bank --tasks hellaswag --fewshot 5 --json
+    """
+    from localmoe.evaluate.downstream import evaluate_downstream
+    from localmoe.terminal import downstream, screen
+
+    config, names = lm_eval_config(options), [name.strip() for name in tasks.split(",") if name.strip()]
+    engine = _engine(bank, options)
+    runs, compared = evaluate_downstream(engine, names, config, data, output, cache)
+    if as_json:
+        screen.print_json(downstream.downstream_data(engine.bank, config, runs, compared))
+    else:
+        downstream.show_downstream(screen.results(), runs, compared)
+
+
 @main.command(panel="Look at a bank")
 @click.argument("bank", type=PATH)
 @click.option("--verify", is_flag=True, help="Compare every file with its hash; exit code 4 if one is damaged.")
@@ -273,47 +314,6 @@ def draw_map(bank: Path, output: Path | None) -> None:
     target = output if output is not None else Path(f"{bank.resolve().name}-map.html")
     write_map(Bank.open(bank), target)
     screen.results().print(f"wrote {target}", markup=False, soft_wrap=True)
-
-
-@main.command("lm-eval", panel="Is it worth it")
-@click.argument("bank", type=PATH)
-@click.option("--tasks", required=True, metavar="NAME,...", help="Tasks, separated by commas.")
-@click.option("--data", type=PATH, metavar="FOLDER", help="Folder of task files; other names are the harness's own.")
-@click.option("-o", "--output", type=PATH, metavar="FOLDER", help="Keep the harness's result files there.")
-@click.option("--cache", type=PATH, metavar="FOLDER", help="Keep answers there, for the next run of the same.")
-@lm_eval_options
-@routing_options
-@model_options
-@as_json
-def lm_eval(
-    bank: Path,
-    tasks: str,
-    data: Path | None,
-    output: Path | None,
-    cache: Path | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Ask a bank, and its base beside it, the tasks of lm-evaluation-harness; compare them document by document.
-
-    A task is a file in --data (arc_easy: arc_easy.jsonl; NAME_nll: how likely its reference answers are; mmlu,
-    mmlu_anatomy, ...: mmlu*.tar.gz), or one of the harness's own, which need the hub.
-
-    [dim]Examples:[/dim]
-        [cyan]$[/cyan] localmoe lm-eval notes-bank --data tasks/ --tasks arc_easy,boolq --limit 100
-        [cyan]$[/cyan] localmoe lm-eval math-bank --data tasks/ --tasks gsm8k,gsm8k_nll --chat-template both -o results/
-        [cyan]$[/cyan] localmoe lm-eval notes-bank --tasks hellaswag --fewshot 5 --json
-    """
-    from localmoe.evaluate.downstream import evaluate_downstream
-    from localmoe.terminal import downstream, screen
-
-    config, names = lm_eval_config(options), [name.strip() for name in tasks.split(",") if name.strip()]
-    engine = _engine(bank, options)
-    runs, compared = evaluate_downstream(engine, names, config, data, output, cache)
-    if as_json:
-        screen.print_json(downstream.downstream_data(engine.bank, config, runs, compared))
-    else:
-        downstream.show_downstream(screen.results(), runs, compared)
 
 
 def _engine(bank: Path, options: dict[str, Any]) -> Any:

@@ -143,8 +143,8 @@ class LmEvalConfig:
     """What chooses the mix: the document's own question, the whole context, or its last block."""
     chat_template: Literal["off", "on", "both"] = "off"
     """Whether questions go through the base's chat template."""
-    compare: Literal["base", "none"] = "base"
-    """What the bank is compared with on the same requests."""
+    compare: Literal["base", "trunk", "both", "none"] = "base"
+    """What the bank is compared with on the same requests: its base, its trunk (one adapter for all), or both."""
     batch: Positive = 4
     """Requests per forward."""
     prefix_tokens: Positive = 50

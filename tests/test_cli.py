@@ -20,7 +20,7 @@ from localmoe.errors import LocalMoEError, LockedError
 from localmoe.runtime.engine import Engine, open_engine
 
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "pyarrow", "plotly", "lm_eval")
-VERBS = ("demo", "plan", "build", "route", "generate", "chat", "info", "map", "lm-eval")
+VERBS = ("demo", "plan", "build", "route", "generate", "chat", "eval", "lm-eval", "info", "map")
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:

@@ -80,11 +80,12 @@ def evaluate_downstream(
     output: Path | None = None,
     cache: Path | None = None,
 ) -> tuple[list[Run], list[Comparison]]:
-    """Ask a bank, and its base beside it; compare merged with base, and with the chat template with without it.
+    """Ask a bank, and its base or trunk beside it; compare them, and each with the chat template and without it.
 
     names: tasks of files in `data` (see `local_tasks`), else the harness's own. output: where its result files go, and
     `comparisons.json`. cache: a folder for answers, where the next run of the same configuration finds them. Raises
-    UnknownNameError for a task that nobody knows, UsageError for a chat template that the base lacks.
+    UnknownNameError for a task that nobody knows, UsageError for a chat template that the base lacks or a trunk
+    that the bank lacks.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("the package 'lm-eval' is missing", "pip install 'localmoe[lm-eval]'")
@@ -92,23 +93,23 @@ def evaluate_downstream(
 
     tasks = Tasks(list(names) if data is None else local_tasks(data, names))
     templates = {"off": (False,), "on": (True,), "both": (False, True)}[config.chat_template]
+    others = {"none": (), "base": ("base",), "trunk": ("trunk",), "both": ("base", "trunk")}[config.compare]
     runs = {}
     for chat in templates:
-        for merged in (True, False) if config.compare == "base" else (True,):
+        for method in ("merged", *others):
             lm = LocalMoELM(
                 engine,
                 route_on=config.route_on,
-                merged=merged,
+                method=method,
                 batch_size=config.batch,
                 prefix_tokens=config.prefix_tokens,
             )
             results = run_tasks(lm, tasks, config, chat, output, cache)
-            runs[merged, chat] = _run(lm.name + ("-chat" if chat else ""), results)
-    pairs = [((True, chat), (False, chat)) for chat in templates if (False, chat) in runs]
-    pairs += [
-        ((merged, True), (merged, False)) for merged in (True, False) if {(merged, True), (merged, False)} <= set(runs)
-    ]
-    compared = [row for method, baseline in pairs for row in compare_runs(runs[method], runs[baseline])]
+            runs[method, chat] = _run(method + ("-chat" if chat else ""), results)
+    pairs = [(("merged", chat), (other, chat)) for chat in templates for other in others]
+    if len(templates) == 2:
+        pairs += [((method, True), (method, False)) for method in ("merged", *others)]
+    compared = [row for ours, theirs in pairs for row in compare_runs(runs[ours], runs[theirs])]
     if output is not None:
         rows = [comparison.as_dict() for comparison in compared]
         text = json.dumps({"config": as_dict(config), "comparisons": rows}, indent=1, ensure_ascii=False)

@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from localmoe.config import LmEvalConfig, as_dict, default_of
 from localmoe.errors import LocalMoEError, TemporaryError, UnknownNameError, UsageError
 from localmoe.evaluate.local_tasks import Task, TaskGroup
 from localmoe.evaluate.questions import Questions
+from localmoe.lora import attached
 from localmoe.models import fingerprint
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
@@ -68,9 +69,10 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
     """A bank as a model of the harness: `lm_eval --model localmoe --model_args bank=FOLDER`, or an instance.
 
     bank: a folder, or an engine. route_on: what of a request is embedded, "context", "last_block" or "question" (see
-    `Questions`); never the continuation. merged: False is the base model on the same requests. prefix_tokens: of a
-    text that is scored as a whole, this many tokens are scored by the base and choose the mix for the others. The
-    other arguments are those of `open_engine`, and fields of RouteConfig. Raises UsageError for a value that cannot be.
+    `Questions`); never the continuation. method: who answers, "merged", or "base" or "trunk" on the same requests.
+    prefix_tokens: of a text that is scored as a whole, this many tokens are scored by the base and choose the mix for
+    the others. The other arguments are those of `open_engine`, and fields of RouteConfig. Raises UsageError for a value
+    that cannot be, and for a bank without a trunk that is to answer.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
         device_map: str | None = None,
         trust_remote_code: bool = False,
         route_on: str = "last_block",
-        merged: bool = True,
+        method: str = "merged",
         prefix_tokens: int = default_of(LmEvalConfig, "prefix_tokens"),
         batch_size: int | str = default_of(LmEvalConfig, "batch"),
         max_batch_size: int = 64,
@@ -113,7 +115,7 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
                 softmax_dtype="float32",  # else log-probabilities are rounded to bf16, and summed in it
             )
         self._base = fingerprint(self.engine.model)  # a base variant is not what the bank's manifest says
-        self.merged = merged
+        self.name = _method(self.engine.bank, method)
         self.prefix_tokens = prefix_tokens
         self.questions = Questions(route_on)
         self._mixes: dict[str, Mix] = {}
@@ -182,7 +184,7 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
     def _mix(self, text: str) -> Mix:
         """The mix for a text; where there is none, the base."""
         if text not in self._mixes:
-            routed = self.merged and text.strip() != ""
+            routed = self.name == "merged" and text.strip() != ""
             self._mixes[text] = self.engine.route(text) if routed else base_mix(self.engine.bank)
         self._used.append((text, self._mixes[text]))
         return self._mixes[text]
@@ -194,13 +196,14 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
 
         HFLM reorders, batches and reuses logits only within one call, so never across two mixes.
         """
+        trunk = self.engine.bank.trunk() if self.name == "trunk" else None
         groups: dict[Mix, list[int]] = {}
         for place, mix in enumerate(mixes):
             groups.setdefault(mix, []).append(place)
         found: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), desc=f"{self.name}: {label}", disable=None, leave=False) as bar:
             for mix, places in groups.items():
-                with self.engine.merged(mix):
+                with self.engine.merged(mix), nullcontext() if trunk is None else attached(self.engine.model, trunk):
                     one_bar = len(groups) > 1 or not sys.stderr.isatty()
                     scores = score([requests[place] for place in places], disable_tqdm=one_bar)
                 for place, result in zip(places, scores, strict=True):
@@ -210,22 +213,17 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
 
     # whose answers they are
 
-    @property
-    def name(self) -> str:
-        """What the results call it."""
-        return "merged" if self.merged else "base"
-
     def routing(self) -> Routing:
         """How the requests so far were routed."""
         active = [len(mix.experts) for _, mix in self._used]
         return Routing(
-            route_on=self.questions.route_on if self.merged else "nothing",
+            route_on=self.questions.route_on if self.name == "merged" else "nothing",
             requests=len(active),
             mixes=len({mix for _, mix in self._used}),
             active_mean=sum(active) / max(1, len(active)),
             active_max=max(active, default=0),
             fallbacks=sum(mix.fallback is not None for _, mix in self._used),
-            without_text=sum(not text.strip() for text, _ in self._used) if self.merged else 0,
+            without_text=sum(not text.strip() for text, _ in self._used) if self.name == "merged" else 0,
         )
 
     @property
@@ -238,12 +236,13 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
             "base_variant": self.engine.base_variant,
             "dtype": str(self.engine.model.dtype),
             "max_length": self.max_length,
-            "merged": self.merged,
+            "method": self.name,
             "chat_template": _digest(self.tokenizer.chat_template),
         }
-        if self.merged:
+        if self.name != "base":
+            described["bank"] = self.engine.bank.manifest.digest
+        if self.name == "merged":
             described |= {
-                "bank": self.engine.bank.manifest.digest,
                 "route": as_dict(self.engine.config),
                 "route_on": self.questions.route_on,
                 "prefix_tokens": self.prefix_tokens,
@@ -380,6 +379,14 @@ def _quiet() -> Iterator[None]:
         lm_eval.evaluator.get_git_commit_hash = commit
         for module in modules:
             module.tqdm = tqdm
+
+
+def _method(bank: Bank, name: str) -> str:
+    if name not in ("merged", "base", "trunk"):
+        raise UnknownNameError("method", name, ("merged", "base", "trunk"))
+    if name == "trunk" and bank.manifest.trunk is None:
+        raise UsageError("the bank has no trunk to compare with", "compare with the base: --compare base")
+    return name
 
 
 def _digest(value: Any) -> str:

@@ -48,9 +48,9 @@ def show_downstream(console: Console, runs: Sequence[Run], compared: Sequence[Co
     for (method, baseline), rows in groupby(compared, key=lambda row: (row.method, row.baseline)):
         _show_pair(console, method, baseline, list(rows))
     for run in runs:
-        routing = run.results["config"]["localmoe"]["routing"]
-        if run.results["config"]["localmoe"]["merged"]:
-            _show_routing(console, run.name, routing)
+        model = run.results["config"]["localmoe"]
+        if model["method"] == "merged":
+            _show_routing(console, run.name, model["routing"])
 
 
 def _show_pair(console: Console, method: str, baseline: str, rows: list[Comparison]) -> None:

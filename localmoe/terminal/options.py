@@ -249,7 +249,12 @@ def lm_eval_options(function: F) -> F:
                 "Ask through the base's chat template, or with and without it.",
                 type=choice(["off", "on", "both"]),
             ),
-            option("--compare", "compare", "Ask the base the same, and compare.", type=choice(["base", "none"])),
+            option(
+                "--compare",
+                "compare",
+                "Ask base or trunk (one adapter for all) the same.",
+                type=choice(["base", "trunk", "both", "none"]),
+            ),
             option("--batch", "batch", "Requests per forward.", type=int),
             option("--prefix-tokens", "prefix_tokens", "Of a text scored as a whole: what chooses the mix.", type=int),
         ],

@@ -133,6 +133,13 @@ def test_bank_and_base_are_asked_the_same_with_and_without_the_chat_template(eng
     assert routed["merged"]["route_on"] == "question" and routed["base"]["active_max"] == 0
 
 
+def test_a_bank_is_compared_with_its_trunk_too(engine: Engine, data: Path) -> None:
+    config = LmEvalConfig(limit=2, compare="both")
+    runs, compared = evaluate_downstream(engine, ["facts_nll"], config, data=data)
+    assert [run.name for run in runs] == ["merged", "base", "trunk"]
+    assert [(row.method, row.baseline) for row in compared[::2]] == [("merged", "base"), ("merged", "trunk")]
+
+
 def test_the_question_chooses_the_mix_whatever_stands_before_it(engine: Engine, data: Path) -> None:
     used = []
     for fewshot in (0, 2):

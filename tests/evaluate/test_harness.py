@@ -62,17 +62,17 @@ def test_greedy_means_greedy_under_the_merged_model_and_not_under_the_base(engin
     differs = 0
     for context in (SEA, BREAD, SKY, LAW):
         before = engine.tokenizer(context)["input_ids"]
-        for mix, merged in ((engine.route(context), True), (base_mix(engine.bank), False)):
+        for mix, method in ((engine.route(context), "merged"), (base_mix(engine.bank), "base")):
             with engine.merged(mix), torch.no_grad():
                 best = int(engine.model(torch.tensor([before])).logits[0, -1].argmax())
             end = engine.tokenizer.decode([best])
             if engine.tokenizer(context + end)["input_ids"] != [*before, best]:
                 continue  # this token does not survive the way through text
             answers = [
-                LocalMoELM(engine, route_on="context", merged=which).loglikelihood(
+                LocalMoELM(engine, route_on="context", method=which).loglikelihood(
                     asked("loglikelihood", (context, end))
                 )
-                for which in (merged, not merged)
+                for which in (method, "base" if method == "merged" else "merged")
             ]
             assert answers[0][0][1] is True
             differs += answers[1][0][1] is False
@@ -209,12 +209,27 @@ def test_no_token_of_a_whole_text_is_scored_by_weights_that_it_chose(engine: Eng
 
 
 def test_without_merging_it_is_the_base_model(engine: Engine) -> None:
-    lm = LocalMoELM(engine, merged=False)
+    lm = LocalMoELM(engine, method="base")
     before = engine.tokenizer(SEA)["input_ids"]
     scored = engine.tokenizer(f"{SEA} oven")["input_ids"][len(before) :]
     ((logarithm, _),) = lm.loglikelihood(asked("loglikelihood", (SEA, " oven")))
     assert logarithm == pytest.approx(by_hand(engine, base_mix(engine.bank), before, scored)[0], abs=2e-4)
     assert lm.routing().active_max == 0 and lm.name == "base"
+
+
+def test_the_trunk_answers_as_the_adapter_beside_the_base(engine: Engine, tmp_path: Path) -> None:
+    trunk = engine.bank.trunk()
+    assert trunk is not None
+    theirs = tiny.peft_model(engine.model, trunk, tmp_path)
+    lm = LocalMoELM(engine, method="trunk")
+    before = engine.tokenizer(SEA)["input_ids"]
+    scored = engine.tokenizer(f"{SEA} oven")["input_ids"][len(before) :]
+    ((found, _),) = lm.loglikelihood(asked("loglikelihood", (SEA, " oven")))
+    with torch.no_grad():
+        rows = theirs(input_ids=torch.tensor([before + scored])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+    assert found == pytest.approx(float(rows[range(len(scored)), scored].sum()), abs=1e-4)
+    ((base, _),) = LocalMoELM(engine, method="base").loglikelihood(asked("loglikelihood", (SEA, " oven")))
+    assert abs(found - base) > 1e-3
 
 
 def test_an_empty_context_is_answered_by_the_base_and_counted(lm: LocalMoELM) -> None:
@@ -248,7 +263,8 @@ def test_the_mark_changes_with_whatever_changes_answers(
     other = tiny.causal_model("llama", seed=5, **tiny.LLAMA)
     models = [
         LocalMoELM(engine),
-        LocalMoELM(engine, merged=False),
+        LocalMoELM(engine, method="base"),
+        LocalMoELM(engine, method="trunk"),
         LocalMoELM(engine, route_on="context"),
         LocalMoELM(engine, prefix_tokens=7),
         LocalMoELM(engine, max_length=64),
@@ -272,7 +288,7 @@ def test_a_response_cache_of_another_configuration_is_refused(engine: Engine, tm
     assert CachingLM(again, path).loglikelihood(requests) == found
     assert again.routing().requests == 0
     with pytest.raises(UsageError, match="another model, bank or routing"):
-        CachingLM(LocalMoELM(engine, merged=False), path)
+        CachingLM(LocalMoELM(engine, method="base"), path)
 
 
 def test_the_harness_finds_it_by_name_beside_its_own_models(
@@ -292,5 +308,7 @@ def test_arguments_that_cannot_be_are_errors(engine: Engine, tiny_bank: Path) ->
         LocalMoELM(engine, device="mps")
     with pytest.raises(UsageError, match="beta"):
         LocalMoELM(engine, beta=0.1)
+    with pytest.raises(UnknownNameError, match="'trunck', did you mean 'trunk'"):
+        LocalMoELM(engine, method="trunck")
     with pytest.raises(UsageError, match="pretrained"):
         LocalMoELM(tiny_bank, pretrained="x")
