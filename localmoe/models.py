@@ -364,6 +364,23 @@ def text_streamer(tokenizer: Any) -> Any:
     return TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+def key_value_cache(model: Any) -> Any:
+    """An empty cache of keys and values that fits the base's layers, and grows."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def logits_processors(model: Any, prompt_tokens: int, **settings: Any) -> Any:
+    """What `model.generate(**settings)` does to logits before a token is drawn: a function of ids [1, n] and scores.
+
+    Its parts come from the base's own generation settings (a repetition penalty, say) and from `settings`.
+    """
+    generation, _ = model._prepare_generation_config(None, **settings)
+    model._prepare_special_tokens(generation, True, device=model.device, batch_size=1)
+    return model._get_logits_processor(generation, input_ids_seq_length=prompt_tokens, device=str(model.device))
+
+
 def needs_transpose(model: nn.Module) -> bool:
     """Whether the base keeps its weights as [d_in, d_out] (GPT-2's Conv1D), which PEFT calls fan_in_fan_out."""
     return not all(isinstance(module, nn.Linear) for module in target_linears(model).values())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from localmoe.bank.store import Bank
@@ -29,6 +30,7 @@ from localmoe.models import (
 )
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import Mix
+from localmoe.runtime.batch import generate_rows
 from localmoe.runtime.execution import Choice, Executor, Loaded, Running, Way, rounded
 from localmoe.runtime.generation import prompt_tokens, stream
 from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_encoder, route_config
@@ -111,6 +113,62 @@ class Engine:
         """The same answer, piece by piece; closing the iterator stops the generation."""
         yield from self.start(prompt, config)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Conversation],
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008
+        mixes: Sequence[Mix] | None = None,
+    ) -> list[Answer]:
+        """The answers to several prompts, generated together, each under its own mix.
+
+        Every prompt gets the tokens that it gets alone, up to near-ties. The times are those of the whole batch.
+        mixes: use these instead of routing. Raises PromptError for a prompt that is empty or does not fit, UsageError
+        for another number of mixes than of prompts.
+        """
+        if mixes is not None and len(mixes) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts cannot be answered under {len(mixes)} mixes", "give one a prompt")
+        begun = time.perf_counter()
+        if not prompts:
+            return []
+        ids = [prompt_tokens(self.tokenizer, self.model, prompt) for prompt in prompts]
+        embedded = selected = time.perf_counter()
+        started = embedded
+        if mixes is None:
+            vectors = [self.router.embed(prompt) for prompt in prompts]
+            embedded = time.perf_counter()
+            mixes = [self._select(vector) for vector in vectors]
+            selected = time.perf_counter()
+        arrived = 0.0
+        with self._turn():
+            waited = time.perf_counter()
+            loaded = self.executor.load(mixes)
+            load = time.perf_counter() - waited
+            longest = max(prompt.shape[1] for prompt in ids)
+            choice = self.executor.choose(loaded, len(ids), longest, config.max_new_tokens)
+
+            with self.executor.running(loaded, choice) as running:
+
+                def first() -> None:
+                    nonlocal arrived
+                    arrived = time.perf_counter() - begun
+                    running.decode()
+
+                rows = generate_rows(self.model, ids, config, first, running.keep)
+        total = time.perf_counter() - begun
+        seconds = Seconds(embedded - started, selected - embedded, load, running.merge_seconds, arrived, total)
+        return [
+            Answer(
+                self.tokenizer.decode(new, skip_special_tokens=True),
+                mix,
+                self.base_variant,
+                prompt.shape[1],
+                len(new),
+                seconds,
+                choice,
+            )
+            for new, mix, prompt in zip(rows, mixes, ids, strict=True)
+        ]
+
     def start(self, prompt: str | Conversation, config: GenerateConfig, mix: Mix | None = None) -> Stream:
         """Route and check the prompt at once; the iterator that is returned merges and generates.
 
@@ -123,9 +181,7 @@ class Engine:
         started = time.perf_counter()
         vector = self.router.embed(prompt)
         embedded = time.perf_counter()
-        chosen = self.router.select(vector)
-        if self.executor.config.round_weights is not None:
-            chosen = rounded(chosen, self.executor.config.round_weights)
+        chosen = self._select(vector)
         return Stream(self, ids, config, chosen, begun, embedded - started, time.perf_counter() - embedded)
 
     def score(self, prefix: str, suffix: str, mix: Mix | None = None) -> float:
@@ -170,6 +226,11 @@ class Engine:
     def prefetch(self, experts: Iterable[str]) -> Future[None]:
         """Brings experts into memory in the background, before a prompt asks for them."""
         return self.executor.prefetch(experts)
+
+    def _select(self, vector: np.ndarray) -> Mix:
+        """The mix of an embedded prompt [1, d] that is to be answered: rounded, where that was asked for."""
+        mix, steps = self.router.select(vector), self.executor.config.round_weights
+        return mix if steps is None else rounded(mix, steps)
 
     def _way(self, loaded: Loaded) -> Way:
         asked = self.executor.config.execution

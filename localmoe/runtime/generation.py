@@ -86,10 +86,8 @@ def _generate(
             arrived()
         return torch.full((1,), stop.is_set(), device=ids.device)
 
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
         torch.manual_seed(config.seed)
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -97,8 +95,15 @@ def _generate(
         streamer=streamer,
         stopping_criteria=[stopped],
         pad_token_id=_end_token(model),
-        **sampling,
+        **sampling(config),
     )
+
+
+def sampling(config: GenerateConfig) -> dict[str, Any]:
+    """The settings of transformers' `generate` that say how tokens are drawn."""
+    if config.temperature > 0:
+        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def _end_token(model: Any) -> int | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import localmoe
 from localmoe.bank.store import Bank
-from localmoe.config import GenerateConfig, RouteConfig
+from localmoe.config import ExecutionConfig, GenerateConfig, RouteConfig
 from localmoe.errors import BankError, PromptError, UsageError
 from localmoe.models import load_model
 from localmoe.routing import Mix
@@ -64,6 +64,39 @@ def test_the_generated_text_is_the_streamed_text(engine: Engine) -> None:
         assert answer.prompt_tokens == len(engine.tokenizer(prompt)["input_ids"])
         assert 0 < answer.new_tokens <= 16
         assert 0 < answer.seconds.first_token <= answer.seconds.total
+
+
+def test_a_batch_of_prompts_gets_the_answers_that_each_gets_alone(engine: Engine) -> None:
+    prompts = [*PROMPTS, PROMPTS[0] + " boat", [{"role": "user", "content": PROMPTS[1]}]]
+    for mixes in (None, [base_mix(engine.bank)] * 6, [_only(engine, "e01"), base_mix(engine.bank)] * 3):
+        before = tiny.checksum(engine.model)
+        answers = engine.generate_batch(prompts, SHORT, mixes)
+        for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            mix = engine.route(prompt) if mixes is None else mixes[place]
+            assert answer.mix == mix
+            stream = engine.start(prompt, SHORT, mix)
+            text = "".join(stream)
+            alone = stream.answer(text)
+            assert (answer.text, answer.new_tokens) == (text, alone.new_tokens)
+            assert answer.prompt_tokens == alone.prompt_tokens
+        assert tiny.checksum(engine.model) == before
+    assert engine.generate_batch([], SHORT) == []
+    with pytest.raises(UsageError, match="mixes"):
+        engine.generate_batch(prompts, SHORT, [base_mix(engine.bank)])
+    with pytest.raises(PromptError, match="empty"):
+        engine.generate_batch(["boat", ""], SHORT)
+
+
+@pytest.mark.parametrize("way", ["dense", "stacked", "grouped"])
+def test_every_way_gives_the_same_answers(
+    way: Any, engine: Engine, tiny_bank: Path, tiny_base: Path, tiny_encoder: Path
+) -> None:
+    other = open_engine(tiny_bank, str(tiny_base), str(tiny_encoder), execution=ExecutionConfig(execution=way))
+    for prompt in PROMPTS[:2]:
+        answer = other.generate(prompt, SHORT)
+        assert answer.text == engine.generate(prompt, SHORT).text
+        assert answer.choice is not None and {answer.choice.prefill, answer.choice.decode} == {way}
+        assert other.score(prompt, " sail") == pytest.approx(engine.score(prompt, " sail"), abs=1e-4)
 
 
 def test_the_mix_of_no_experts_is_the_base_model(engine: Engine, tiny_base: Path) -> None:

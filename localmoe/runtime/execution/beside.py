@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,13 @@ class Beside:
                 block.ready = block.ready and stay  # what passed is not what stays
             self.active = None
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with some rows of a batch of different mixes, in this order; raises UsageError if there is none."""
+        if self.active is None or not self.active.by_row:
+            raise UsageError("there is no batch of different mixes to go on with", "attach one first")
+        self.active = replace(self.active, weights=self.active.weights[list(rows)])
+        self._weigh(self.active)
+
     def _plan(self, active: Active) -> _Plan:
         """How the narrow activations are laid out; the same object for experts of the same ranks."""
         key = (*(expert.ranks for expert in active.experts), active.shared)
@@ -78,14 +86,18 @@ class Beside:
         self.active, self.workspace, self.current = active, self.staying if stay else self.passing, None
         for block in self._blocks:
             block.ready = block.ready and again
+        self._weigh(active)
+        if stay:
+            self.held = key  # blocks are gathered when they are first come to; `ready` says which are
+
+    def _weigh(self, active: Active) -> None:
+        """Gives every group the weights of its narrow activations."""
         plan = self._plan(active)
         merged = active.shared is not None and active.single
         made = [_coefficients(active, ranks) for ranks in plan.ranks]
         for group, kind in zip(self._groups, plan.groups, strict=True):
             group.c = None if merged else _on(made[kind], group.device)
             group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not merged
-        if stay:
-            self.held = key  # blocks are gathered when they are first come to; `ready` says which are
 
 
 class _Plan(NamedTuple):

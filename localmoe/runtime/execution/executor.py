@@ -108,7 +108,7 @@ class Executor:
         if not experts:
             return Loaded(mixes, None, None, key)
         weights = [[row.get(expert, 0.0) * expert.scale for expert in experts] for row in rows]
-        return Loaded(mixes, Active(tuple(experts), torch.tensor(weights)), None, key)
+        return Loaded(mixes, Active(tuple(experts), torch.tensor(weights), by_row=len(mixes) > 1), None, key)
 
     def work(self, loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int) -> Work:
         """What there is to do, for `choose`."""
@@ -252,6 +252,11 @@ class Running:
     def decode(self) -> None:
         """Goes the way chosen for the tokens after it; nothing to do if it is the same."""
         self._use(self.choice.decode, stay=True)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with some rows of the batch, in this order."""
+        if self._loaded.active is not None and self._loaded.active.by_row:
+            self._executor.beside.keep(rows)
 
     def close(self) -> None:
         """Gives the model back."""

@@ -20,12 +20,13 @@ from localmoe.runtime.execution.packed import PackedExpert, SharedFactors
 class Active:
     """The experts of one mix, or of all mixes of a batch, and what each row of the batch gives them.
 
-    weights: [rows, N] fp32, the expert's scale in it; one row stands for the whole batch. shared: their common A, if
-    all have one. Raises BankError for experts that change different modules.
+    weights: [rows, N] fp32, the expert's scale in it. by_row: each row of the batch has its own; else the one row
+    there is stands for all. Raises BankError for experts that change different modules.
     """
 
     experts: tuple[PackedExpert, ...]
     weights: Tensor
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         first = self.experts[0].modules
@@ -52,7 +53,7 @@ class Active:
     @property
     def single(self) -> bool:
         """Whether one mix serves the whole batch."""
-        return self.weights.shape[0] == 1
+        return not self.by_row
 
     @property
     def rank(self) -> float:
