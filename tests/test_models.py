@@ -9,6 +9,7 @@ import torch
 
 from localmoe import attention, models
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
+from localmoe.lora import attached
 from localmoe.models import (
     Fingerprint,
     compute_dtype,
@@ -169,11 +170,9 @@ def test_the_tokenizer_of_the_tiny_base_reads_back_what_it_wrote(tiny_base: Path
     assert len(tokenizer) == tiny.VOCABULARY
 
 
-def test_tied_embeddings_stay_tied_through_merging_and_training() -> None:
-    from localmoe.runtime.execution import DenseBuffer
-
+def test_tied_embeddings_stay_tied_through_training() -> None:
     model = tiny.base("llama-tied")
-    with DenseBuffer(model).merged(tiny.random_adapter(model)), packed(model):
+    with attached(model, tiny.random_adapter(model)), packed(model):
         pass
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
