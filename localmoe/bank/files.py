@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from localmoe.bank.manifest import FileRecord, Kind, encode_json, file_name
 from localmoe.errors import BankError, TemporaryError
 
+Messages = Sequence[tuple[str, str]]
+"""Role and content of every turn of a conversation."""
 TEMPORARY = ".tmp-"
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -44,13 +47,17 @@ def write_table(path: Path, kind: Kind, table: Any) -> FileRecord:
     return _place(path, kind, sink.getvalue().to_pybytes())
 
 
-def write_texts(path: Path, texts: Iterable[tuple[str, str]]) -> FileRecord:
-    """Writes ids and texts as `texts-<hash>.parquet` into the bank at `path`; one row group is in memory at a time."""
+def write_texts(path: Path, texts: Iterable[tuple[str, str, Messages]]) -> FileRecord:
+    """Writes ids, texts and messages (none for plain text) as `texts-<hash>.parquet` into the bank at `path`.
+
+    One row group is in memory at a time.
+    """
     import pyarrow
 
-    schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.string())])
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "text", "messages")])
+    rows = ({"id": name, "text": text, "messages": json.dumps(turns)} for name, text, turns in texts)
     with temporary(path, 0) as new:
-        write_rows(new, ({"id": name, "text": text} for name, text in texts), schema)
+        write_rows(new, rows, schema)
         with new.open("rb+") as stream:
             os.fsync(stream.fileno())
         record = FileRecord(hash_of(new), new.stat().st_size)

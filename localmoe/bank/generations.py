@@ -144,7 +144,7 @@ def _without_documents(bank: Bank, gone: Collection[str]) -> dict[Kind, FileReco
         files["embeddings"] = write_tensors(bank.path, "embeddings", {"embeddings": rows})
     if "texts" in bank.manifest.files:
         ids = set(left["id"].to_pylist())
-        files["texts"] = write_texts(bank.path, ((name, text) for name, text in bank.all_texts() if name in ids))
+        files["texts"] = write_texts(bank.path, (row for row in bank.all_texts() if row[0] in ids))
     return files
 
 

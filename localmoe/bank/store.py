@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from localmoe.bank.files import check_finite, missing, read_tensors
+from localmoe.bank.files import Messages, check_finite, missing, read_tensors
 from localmoe.bank.integrity import damage, file_problems
 from localmoe.bank.manifest import (
     AdapterRecord,
@@ -119,14 +120,18 @@ class Bank:
         """The texts of documents, in the order asked for; raises UnknownNameError for an unknown id."""
         if not ids:
             return []
-        found = dict(_read_texts(self._file("texts"), ids))
+        return [text for text, _ in self.contents(ids)]
+
+    def contents(self, ids: Sequence[str]) -> list[tuple[str, Messages]]:
+        """Text and messages (none of plain text) of documents, in the order asked for; raises as `texts` does."""
+        found = {name: (text, turns) for name, text, turns in _read_texts(self._file("texts"), ids)}
         for document in ids:
             if document not in found:
                 raise UnknownNameError("document", document, (), "ids are in the bank's documents table")
         return [found[document] for document in ids]
 
-    def all_texts(self) -> Iterator[tuple[str, str]]:
-        """Id and text of every document; one row group is in memory at a time."""
+    def all_texts(self) -> Iterator[tuple[str, str, Messages]]:
+        """Id, text and messages of every document; one row group is in memory at a time."""
         return _read_texts(self._file("texts"), None)
 
     def embeddings(self) -> NDArray[np.float16]:
@@ -245,8 +250,8 @@ def _read_table(file: Path) -> Any:
         raise _not_whole(file, error) from error
 
 
-def _read_texts(file: Path, ids: Sequence[str] | None) -> Iterator[tuple[str, str]]:
-    """Id and text of these documents, of all if None; of a row group without one of them only the ids are read."""
+def _read_texts(file: Path, ids: Sequence[str] | None) -> Iterator[tuple[str, str, Messages]]:
+    """Id, text and messages of these documents, of all if None; a row group without one of them is not read."""
     import pyarrow
     import pyarrow.compute
     import pyarrow.parquet
@@ -254,15 +259,21 @@ def _read_texts(file: Path, ids: Sequence[str] | None) -> Iterator[tuple[str, st
     wanted = None if ids is None else pyarrow.array(ids, pyarrow.string())
     try:
         with pyarrow.parquet.ParquetFile(file, memory_map=True) as reader:
+            columns = [name for name in ("text", "messages") if name in reader.schema_arrow.names]
             for group in range(reader.num_row_groups):
                 names = reader.read_row_group(group, columns=["id"])["id"]
                 here = names.is_valid() if wanted is None else pyarrow.compute.is_in(names, value_set=wanted)
                 rows = pyarrow.compute.indices_nonzero(here)
                 if len(rows) > 0:
-                    texts = reader.read_row_group(group, columns=["text"])["text"].take(rows)
-                    yield from zip(names.take(rows).to_pylist(), texts.to_pylist(), strict=True)
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
+                    contents = reader.read_row_group(group, columns=columns).take(rows).to_pylist()
+                    yield from map(_content, names.take(rows).to_pylist(), contents)
+    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
         raise _not_whole(file, error) from error
+
+
+def _content(name: str, row: dict[str, str]) -> tuple[str, str, Messages]:
+    """A row of the file; early banks hold no column of messages."""
+    return name, row["text"], [(role, content) for role, content in json.loads(row.get("messages", "[]"))]
 
 
 def _not_whole(file: Path, error: Exception) -> BankError:

@@ -13,12 +13,11 @@ import torch
 
 from localmoe.config import BuildConfig, EvalConfig, validate
 from localmoe.errors import UsageError
-from localmoe.evaluate.protocol import Cut, Trial
+from localmoe.evaluate.protocol import Cut, Trial, document_in
 from localmoe.packing import Passage
 from localmoe.registry import Registry
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine
-from localmoe.train.documents import Document
 from localmoe.train.passages import tokenize
 from localmoe.train.work import Work
 
@@ -103,8 +102,8 @@ class Bench:
             rows = zip(*(table[name].to_pylist() for name in ("id", "split", "access")), strict=True)
             documents = [name for name, split, access in rows if split == "train" and not access]
         found = []
-        for name, text in zip(documents, self.engine.bank.texts(documents), strict=True):
-            tokenized = tokenize(Document(name, name, text), self.engine.tokenizer, self.build_config.corpus)
+        for name, content in zip(documents, self.engine.bank.contents(documents), strict=True):
+            tokenized = tokenize(document_in(name, *content), self.engine.tokenizer, self.build_config.corpus)
             found += list(tokenized.passages[:most])
         return found
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from localmoe.bank.files import Messages
+from localmoe.config import CorpusConfig
 from localmoe.errors import CorpusError
 from localmoe.lora import Adapter, attached
 from localmoe.models import packed
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix
+from localmoe.train.documents import Document, Message
+from localmoe.train.passages import tokenize
 
 _BATCH = 8
 
@@ -39,6 +43,7 @@ class Trial:
     passage: Passage
     suffix: str = ""
     whole: str = ""
+    messages: tuple[Message, ...] = ()
 
 
 def held_out(engine: Engine, prefix_tokens: int, most_tokens: int, most_documents: int | None = None) -> list[Trial]:
@@ -60,12 +65,12 @@ def trials_of(
     pairs = zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True)
     ids = sorted(name for name, where in pairs if where == split and name not in without)
     trials: list[Trial] = []
-    for name, text in zip(ids, engine.bank.texts(ids) if ids else [], strict=True):
+    for name, content in zip(ids, engine.bank.contents(ids), strict=True):
         if len(trials) == most:
             break
-        tokens = torch.tensor(engine.tokenizer(text, verbose=False)["input_ids"][: cut.length])
-        if len(tokens) > cut.prefix:
-            trials.append(_trial(engine, name, tokens, text, cut))
+        trial = _trial(engine, document_in(name, *content), cut)
+        if trial is not None:
+            trials.append(trial)
     if not trials:
         raise CorpusError(
             f"no {split} document has more than {cut.prefix} tokens",
@@ -74,7 +79,29 @@ def trials_of(
     return trials
 
 
-def _trial(engine: Engine, name: str, tokens: torch.Tensor, text: str, cut: Cut) -> Trial:
+def document_in(name: str, text: str, messages: Messages) -> Document:
+    """A document as a bank keeps it: a conversation where there are messages, else plain text."""
+    turns = tuple(Message(role, content) for role, content in messages)
+    return Document(name, name, "" if turns else text, turns)
+
+
+def _trial(engine: Engine, document: Document, cut: Cut) -> Trial | None:
+    """Of a text the first tokens are the prefix; of a conversation the loss is on its answers, and users' turns route.
+
+    None if no token would be scored.
+    """
+    if document.messages:
+        whole = CorpusConfig(passage_tokens=cut.length, passages_per_document=1)
+        passages = tokenize(document, engine.tokenizer, whole).passages
+        suffix = "\n".join(turn.content for turn in document.messages if turn.role == "assistant")
+        if not passages:
+            return None
+        return Trial(document.id, document.query, passages[0], suffix, document.content, document.messages)
+    tokens = torch.tensor(engine.tokenizer(document.text, verbose=False)["input_ids"][: cut.length])
+    return _cut(engine, document.id, tokens, document.text, cut) if len(tokens) > cut.prefix else None
+
+
+def _cut(engine: Engine, name: str, tokens: torch.Tensor, text: str, cut: Cut) -> Trial:
     prefix = engine.tokenizer.decode(tokens[: cut.query], skip_special_tokens=True)
     suffix = engine.tokenizer.decode(tokens[cut.prefix :], skip_special_tokens=True)
     return Trial(name, prefix, Passage(tokens, torch.arange(len(tokens)) >= cut.prefix), suffix, text)
@@ -82,9 +109,14 @@ def _trial(engine: Engine, name: str, tokens: torch.Tensor, text: str, cut: Cut)
 
 def mutated(engine: Engine, trial: Trial, cut: Cut) -> Trial:
     """The same document with its suffix backwards, cut anew: whatever it routes to may depend on the prefix alone."""
+    if trial.messages:
+        turns = [
+            (turn.role, turn.content[::-1] if turn.role == "assistant" else turn.content) for turn in trial.messages
+        ]
+        return replace(trial, prefix=document_in(trial.document, "", turns).query)
     kept = max(cut.prefix, cut.query)
     tokens = torch.cat([trial.passage.tokens[:kept], trial.passage.tokens[kept:].flip(0)])
-    return _trial(engine, trial.document, tokens, engine.tokenizer.decode(tokens), cut)
+    return _cut(engine, trial.document, tokens, engine.tokenizer.decode(tokens), cut)
 
 
 def score_alone(

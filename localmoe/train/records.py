@@ -78,7 +78,10 @@ def write_files(ground: Groundwork, embeddings: np.ndarray, experts: Sequence[Ex
         "embeddings": write_tensors(path, "embeddings", {"embeddings": vectors}),
     }
     if ground.config.keep_texts:
-        texts = ((document.id, document.content) for _, document in ground.work.chosen(kept))
+        texts = (
+            (document.id, document.content, [(turn.role, turn.content) for turn in document.messages])
+            for _, document in ground.work.chosen(kept)
+        )
         files["texts"] = write_texts(path, texts)
     return files
 

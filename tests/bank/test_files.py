@@ -18,7 +18,7 @@ from localmoe.errors import BankError, TemporaryError
 WRITERS = {
     "tensors": lambda path: write_tensors(path, "embeddings", {"embeddings": torch.ones(3, 4)}),
     "table": lambda path: write_table(path, "texts", pyarrow.table({"id": ["a"], "text": ["Ä"]})),
-    "texts": lambda path: write_texts(path, iter([("a", "Ä"), ("b", "ö")])),
+    "texts": lambda path: write_texts(path, iter([("a", "Ä", []), ("b", "ö", [])])),
     "json": lambda path: write_json(path, "clusters", {"tree": [0, [1, 2]], "name": "Ä"}),
 }
 

@@ -63,19 +63,20 @@ def test_texts_come_in_the_order_asked_for(bank_path: Path) -> None:
 def test_of_a_large_file_of_texts_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_ROWS", 2)
     manifest = write_bank(tmp_path)
-    written = [(f"id-{n}", f"text {n}") for n in range(7)]
+    written = [(f"id-{n}", f"text {n}", [("user", f"text {n}")] if n == 2 else []) for n in range(7)]
     record = files.write_texts(tmp_path, iter(written))
     commit(tmp_path, replace(manifest, files=manifest.files | {"texts": record}))
     bank, groups = Bank.open(tmp_path), []
     read = pyarrow.parquet.ParquetFile.read_row_group
 
     def watched(self, group: int, columns: list[str]):
-        groups.extend([group] if columns == ["text"] else [])
+        groups.extend([group] if "text" in columns else [])
         return read(self, group, columns)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", watched)
     assert bank.texts(["id-6", "id-2", "id-3"]) == ["text 6", "text 2", "text 3"]
     assert groups == [1, 3]
+    assert bank.contents(["id-2", "id-3"]) == [("text 2", [("user", "text 2")]), ("text 3", [])]
     assert list(bank.all_texts()) == written
 
 

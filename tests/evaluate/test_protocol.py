@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import localmoe
 from localmoe.errors import CorpusError, UsageError
-from localmoe.evaluate.protocol import Trial, held_out, score_alone, score_merged
+from localmoe.evaluate.protocol import Cut, Trial, held_out, mutated, score_alone, score_merged, trials_of
 from localmoe.packing import Passage
 from localmoe.runtime.engine import Engine, base_mix
 
@@ -83,3 +85,26 @@ def test_progress_counts_up_to_all_trials(engine: Engine) -> None:
 def test_a_prefix_longer_than_every_document_is_an_error_that_says_what_to_do(engine: Engine) -> None:
     with pytest.raises(CorpusError, match="shorter prefix"):
         held_out(engine, prefix_tokens=100_000, most_tokens=200_000)
+
+
+def test_a_conversation_takes_loss_on_its_answers_and_routes_by_its_questions(
+    tiny_base: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    records = [
+        {"prompt": tiny.sentence(topic, number, 6), "completion": tiny.sentence(topic, number + 50, 4)}
+        for topic in tiny.TOPICS
+        for number in range(8)
+    ]
+    corpus = tmp_path / "talk.jsonl"
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    localmoe.build(corpus, tmp_path / "bank", tiny.tiny_config(tiny_base, tiny_encoder))
+    engine = localmoe.open(tmp_path / "bank", str(tiny_base), str(tiny_encoder))
+    cut = Cut(5, 5, 120)
+    answers = {record["prompt"]: record["completion"] for record in records}
+    trials = trials_of(engine, "test", cut)
+    assert trials
+    for trial in trials:
+        assert trial.suffix == answers[trial.prefix]
+        said = engine.tokenizer.decode(trial.passage.tokens[trial.passage.labels])
+        assert said.startswith(trial.suffix) and trial.prefix not in said
+        assert mutated(engine, trial, cut).prefix == trial.prefix
