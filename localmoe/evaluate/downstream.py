@@ -12,7 +12,7 @@ from typing import Any
 
 from localmoe.config import LmEvalConfig, as_dict
 from localmoe.errors import LocalMoEError, UsageError
-from localmoe.evaluate.local_tasks import local_tasks
+from localmoe.evaluate.local_tasks import local_names, local_tasks
 from localmoe.evaluate.statistics import Difference, difference
 from localmoe.runtime.engine import Engine
 
@@ -91,21 +91,26 @@ def evaluate_downstream(
         raise UsageError("the package 'lm-eval' is missing", "pip install 'localmoe[lm-eval]'")
     from localmoe.evaluate.harness import LocalMoELM, Tasks, run_tasks
 
-    tasks = Tasks(list(names) if data is None else local_tasks(data, names))
+    tasks = Tasks(list(names)) if data is None else Tasks(local_tasks(data, names), local_names(data))
     templates = {"off": (False,), "on": (True,), "both": (False, True)}[config.chat_template]
     others = {"none": (), "base": ("base",), "trunk": ("trunk",), "both": ("base", "trunk")}[config.compare]
+    if True in templates and engine.tokenizer.chat_template is None:
+        raise UsageError("the base has no chat template", "leave --chat-template off")
+    models = {
+        (method, chat): LocalMoELM(
+            engine,
+            route_on=config.route_on,
+            method=method,
+            batch_size=config.batch,
+            prefix_tokens=config.prefix_tokens,
+        )
+        for chat in templates
+        for method in ("merged", *others)
+    }
     runs = {}
-    for chat in templates:
-        for method in ("merged", *others):
-            lm = LocalMoELM(
-                engine,
-                route_on=config.route_on,
-                method=method,
-                batch_size=config.batch,
-                prefix_tokens=config.prefix_tokens,
-            )
-            results = run_tasks(lm, tasks, config, chat, output, cache)
-            runs[method, chat] = _run(method + ("-chat" if chat else ""), results)
+    for (method, chat), model in models.items():
+        results = run_tasks(model, tasks, config, chat, output, cache)
+        runs[method, chat] = _run(method + ("-chat" if chat else ""), results)
     pairs = [(("merged", chat), (other, chat)) for chat in templates for other in others]
     if len(templates) == 2:
         pairs += [((method, True), (method, False)) for method in ("merged", *others)]

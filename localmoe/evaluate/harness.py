@@ -277,16 +277,16 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
 class Tasks(TaskManager):  # type: ignore[misc]
     """Tasks by name, or made of files; those that are loaded are known to the model, which routes on their questions.
 
-    Raises UnknownNameError for a name that the harness does not have.
+    others: names that could have been meant. Raises UnknownNameError for a name that the harness does not have.
     """
 
-    def __init__(self, asked: Sequence[str | Task | TaskGroup]) -> None:
+    def __init__(self, asked: Sequence[str | Task | TaskGroup], others: Sequence[str] = ()) -> None:
         super().__init__(include_defaults=any(isinstance(task, str) for task in asked))
         self.asked = asked
         self.questions = Questions("question")
         for name in asked:
             if isinstance(name, str) and name not in self.all_tasks:
-                near = difflib.get_close_matches(name, self.all_tasks, n=5)
+                near = difflib.get_close_matches(name, [*others, *self.all_tasks], n=5)
                 remedy = "tasks of files: --data FOLDER; all that the harness has: lm-eval ls tasks"
                 raise UnknownNameError("task", name, near, remedy)
 
@@ -311,10 +311,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """The harness's results, with `samples`; its files below `output`, its cache of answers below `cache`.
 
-    Raises TemporaryError if the data of a task cannot be reached, UsageError for a chat template that the base lacks.
+    Raises TemporaryError if the data of a task cannot be reached.
     """
-    if chat and lm.tokenizer.chat_template is None:
-        raise UsageError("the base has no chat template", "leave --chat-template off")
     tasks.questions = lm.questions
     tracker = EvaluationTracker(output_path=str(output)) if output is not None else None
     name = f"{lm.engine.bank.path.resolve().name}-{lm.name}" + ("-chat" if chat else "")

@@ -187,6 +187,8 @@ def test_a_task_that_nobody_knows_and_one_whose_data_is_out_of_reach(
     monkeypatch.setattr(TaskManager, "__init__", few)
     with pytest.raises(UnknownNameError, match="'faraway', did you mean 'far_away'"):
         evaluate_downstream(engine, ["quiz", "faraway"], PLAIN, data=data)
+    with pytest.raises(UnknownNameError, match="'quizz', did you mean 'quiz'"):
+        evaluate_downstream(engine, ["quizz"], PLAIN, data=data)
     with pytest.raises(TemporaryError, match="use files"):
         evaluate_downstream(engine, ["far_away"], PLAIN)
 
