@@ -19,7 +19,9 @@ _SPLITS = {"train": "to train on", "tune": "to tune on", "test": "held out", "un
 
 def plan_data(plan: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    data = dataclasses.asdict(plan) | {"experts": len(plan.sizes)}
+    from localmoe.train.plan import advice
+
+    data = dataclasses.asdict(plan) | {"experts": len(plan.sizes), "advice": advice(plan)}
     if plan.times is not None:
         data["times"] |= {"total": plan.times.total}
     return data
@@ -27,6 +29,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 def show_plan(console: Console, plan: Plan) -> None:
     """A plan at a glance."""
+    from localmoe.train.plan import advice
+
     for note in plan.notes:
         console.print(plain(note))
     console.print()
@@ -45,6 +49,7 @@ def show_plan(console: Console, plan: Plan) -> None:
                     f"{bytes_text(plan.bank_bytes)} for the bank, {bytes_text(plan.work_bytes)} more while building",
                 ),
                 ("time", "not measured (--no-probe)" if plan.times is None else _time_text(plan.times)),
+                ("worth it?", advice(plan)),
             ]
         )
     )

@@ -72,8 +72,30 @@ class Plan:
     """What the finished bank takes."""
     work_bytes: int
     """What the build needs beside it while it runs."""
+    tokens_per_parameter: float
+    """Train tokens for every number that one adapter can change: how full one adapter gets."""
+    explained: float
+    """Share of the embeddings' variance that lies between clusters: how unlike they are."""
     times: Times | None
     """None where the timing was skipped."""
+
+
+SCARCE, AMPLE = 2.0, 10.0
+"""Tokens for every parameter of an adapter below which text, above which room was seen to be scarce (choosing.md)."""
+
+
+def advice(plan: Plan) -> str:
+    """On which side of the border a corpus lies, where one adapter for all would do as well (docs/choosing.md)."""
+    measure = f"{plan.tokens_per_parameter:.2g} train tokens for every parameter of an adapter"
+    unlike = f"clusters hold {plan.explained:.0%} of the variance between documents"
+    if plan.tokens_per_parameter >= AMPLE:
+        return f"{measure}: one adapter cannot hold all of it, so experts are likely to pay; {unlike}"
+    if plan.tokens_per_parameter > SCARCE:
+        return f"{measure}: between what was seen to pay and what was not, so measure it: localmoe eval; {unlike}"
+    return (
+        f"{measure}: text is scarce, and more passes of one adapter may teach as much as experts; "
+        f"try train.trunk_epochs=2 or a lower rank, and measure it: localmoe eval; {unlike}"
+    )
 
 
 def plan(source: str | Path, config: BuildConfig = BuildConfig(), probe: bool = True, watch: Watch = unwatched) -> Plan:  # noqa: B008
@@ -120,6 +142,8 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
         + count * 2 * encoder.dim
         + (texts if config.keep_texts else 0),
         work_bytes=texts + passages + 2 * count * 4 * encoder.dim,
+        tokens_per_parameter=tokens["train"] / (adapter_bytes(model, config.train.rank) / 2),
+        explained=_explained(found),
         times=times,
     )
 
@@ -155,6 +179,13 @@ def _cluster(vectors: np.ndarray, chosen: np.ndarray, rows: Rows, config: BuildC
     access = [rows.access[row] for row in chosen]
     everything = np.ones(len(chosen), dtype=bool)
     return clustering.cluster(vectors, _shares(chosen, rows), everything, access, config.cluster, config.seed)
+
+
+def _explained(found: Clusters) -> float:
+    """1 − (inertia of the clusters) / (inertia of each access set as one)."""
+    first = sum(tree["curve"][0][1] for tree in found.trees)
+    last = sum(tree["curve"][-1][1] for tree in found.trees)
+    return 1 - last / first if first > 0 else 0.0
 
 
 def _sizes(found: Clusters, chosen: np.ndarray, rows: Rows) -> tuple[int, ...]:

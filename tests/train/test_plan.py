@@ -10,7 +10,7 @@ import tiny
 from localmoe.config import BuildConfig, ClusterConfig, TrainConfig
 from localmoe.errors import CorpusError
 from localmoe.train import plan as planning
-from localmoe.train.plan import Plan, plan
+from localmoe.train.plan import AMPLE, SCARCE, Plan, advice, plan
 from localmoe.train.progress import Event
 
 
@@ -108,3 +108,13 @@ def test_what_build_refuses_plan_refuses_and_cleans_up(tmp_path: Path, config: B
     with pytest.raises(CorpusError, match="0 documents"):
         plan(tmp_path / "empty", config)
     assert list(scratch.iterdir()) == []
+
+
+def test_the_advice_turns_where_an_adapter_is_full(tiny_corpus: Path, config: BuildConfig) -> None:
+    found = plan(tiny_corpus, config, probe=False)
+    rank = config.train.rank
+    per_rank = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))  # q and o, k and v, gate, up and down of two layers
+    assert found.tokens_per_parameter == pytest.approx(found.tokens["train"] / (rank * per_rank))
+    assert 0.3 < found.explained < 1  # four topics without a common word
+    for ratio, word in ((AMPLE, "likely to pay"), (2 * SCARCE, "measure it"), (SCARCE / 2, "scarce")):
+        assert word in advice(replace(found, tokens_per_parameter=ratio))

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything under results/ that the README shows, from data files of your own; each part resumes where it was stopped.
+#   experiments/results.sh ARTICLES.jsonl.gz GSM8K-TRAIN.jsonl LAMBADA.jsonl PUBMED.jsonl WORK-FOLDER [PART ...]
+# PART: laboratory mixed wikipedia-laboratory python-laboratory python wikipedia; all of them if none is given. Two cores: hours.
+set -euo pipefail
+articles=$1 gsm8k=$2 lambada=$3 pubmed=$4 work=$5
+shift 5
+parts=${*:-laboratory mixed wikipedia-laboratory python-laboratory python wikipedia}
+bin=${BIN:-.venv/bin}
+base=HuggingFaceTB/SmolLM2-135M-Instruct
+mkdir -p "$work"
+
+measure() { # name, corpus, prefix, length, settings of the build ... -- settings of the evaluation ...
+    local name=$1 corpus=$2 prefix=$3 length=$4 build=()
+    shift 4
+    while [ "$1" != -- ]; do build+=("$1"); shift; done
+    shift
+    "$bin/localmoe" build "$corpus" "$work/$name-bank" --max-passage "$length" --set corpus.passages_per_document=1 "${build[@]}"
+    "$bin/localmoe" eval "$work/$name-bank" -o "results/$name" --prefix "$prefix" --length "$length" "$@"
+}
+
+small=(--base "$work/laboratory/model" --clusters 16 --min-tokens 4000 --rank 4 --set train.alpha=4 --learning-rate 3e-3
+    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set train.threads=1)
+methods=base,trunk,merged,merged-1,fine-tuned,merged-10,uniform,null,ensemble,ttt-trunk
+ttt=(--set ttt.documents=40 --set ttt.neighbours=30 --set ttt.rate=3e-3)
+[ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
+
+for part in $parts; do
+    case $part in
+    laboratory) [ -f "$work/laboratory/model/model.safetensors" ] ||
+        "$bin/python" experiments/laboratory.py "$articles" "$work/laboratory" ;;
+    mixed)
+        [ -f "$work/mixed.jsonl" ] || "$bin/python" experiments/mixed_corpus.py "$work/mixed.jsonl" \
+            "$work/laboratory/corpus.jsonl:text" "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
+        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 500000 -- --documents 400 --methods $methods "${ttt[@]}" ;;
+    wikipedia-laboratory)
+        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --sample-tokens 700000 -- \
+            --documents 400 --methods $methods "${ttt[@]}" ;;
+    python-laboratory)
+        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 500000 -- \
+            --documents 400 --methods $methods "${ttt[@]}" ;;
+    python)
+        measure python "$work/python.jsonl" 100 384 --base $base --sample-tokens 50000 --clusters 8 --min-tokens 2500 \
+            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.6 --learning-rate 4e-3 --set train.threads=1 -- \
+            --documents 160 --set fine_tune.tune_tokens=20000 --set 'fine_tune.rates=[1.0]' \
+            --methods base,trunk,merged,fine-tuned,merged-1,uniform,null ;;
+    wikipedia)
+        measure wikipedia "$articles" 50 384 --base $base --sample-tokens 250000 --clusters 8 --learning-rate 2e-3 \
+            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 -- --documents 300 --methods $methods ;;
+    *) echo "no part is called $part" >&2; exit 2 ;;
+    esac
+done
