@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check install install-models install-dev bench clean
+.PHONY: demo test check install install-models install-dev bench results clean
 
 demo: install install-models ## build a bank from the standard library's source, and show what it is worth
 	$(BIN)/localmoe demo
@@ -22,6 +22,10 @@ bench: install install-models ## overhead against ttmerge: results/overhead.json
 	$(PIP) --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/overhead.py --json results/overhead.json
 	$(BIN)/python benchmarks/plots.py results/overhead.json
+
+results: install install-models ## all evaluations under results/ (hours): make results ARTICLES=... GSM8K=... LAMBADA=... PUBMED=...
+	$(PIP) --editable '.[eval]'
+	experiments/results.sh $(ARTICLES) $(GSM8K) $(LAMBADA) $(PUBMED) $(or $(WORK),results-work) $(PARTS)
 
 install: .venv/installed ## LocalMoE in .venv
 
