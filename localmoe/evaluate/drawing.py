@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,15 +109,6 @@ def percent_axis(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:+.3g} %" if value else "0"))
 
 
-def log_axis(axis: Any, values: list[float], text: Callable[[float], str]) -> None:
-    """Ticks on a logarithmic axis only where values are, written by `text`."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.set_major_locator(FixedLocator(values))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-
-
 def seconds_axis(axis: Any) -> None:
     """Decades of a logarithmic axis as "10 ms", "1 s", "100 s"."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -125,3 +116,64 @@ def seconds_axis(axis: Any) -> None:
     axis.set_major_locator(LogLocator(10))
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 1e3:g} ms" if value < 1 else f"{value:g} s"))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its points, their intervals if there are any, and how it looks."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    colour: str = COLOURS[0]
+    line: str = "-"
+    alpha: float = 1.0
+
+
+def draw_series(axes: Any, series: Sequence[Series], scale: str = "linear", places: Sequence[float] = ()) -> None:
+    """Lines with points, bars where there are intervals, and a legend; `places`: where the x axis has ticks."""
+    for one in series:
+        bars = None
+        if one.low is not None and one.high is not None:
+            below = [max(0.0, y - low) for y, low in zip(one.y, one.low, strict=True)]
+            bars = [below, [max(0.0, high - y) for y, high in zip(one.y, one.high, strict=True)]]
+        axes.errorbar(
+            one.x,
+            one.y,
+            bars,
+            label=one.name,
+            color=one.colour,
+            linestyle=one.line,
+            alpha=one.alpha,
+            marker="o",
+            elinewidth=1,
+            capsize=2,
+        )
+    if scale == "symlog":
+        smallest = min(place for place in places if place > 0)
+        axes.set_xscale("symlog", linthresh=smallest, linscale=0.5)
+    else:
+        axes.set_xscale(scale)
+    if places:
+        ticks(axes.xaxis, places)
+    if len(series) > 1:
+        axes.legend()
+
+
+def ticks(axis: Any, places: Sequence[float]) -> None:
+    """Ticks at these places alone, as numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def reference(axes: Any, y: float, name: str, colour: str = FAINT) -> None:
+    """A dashed horizontal line with its name at the right end."""
+    axes.axhline(y, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.annotate(
+        name, (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color=colour
+    )
