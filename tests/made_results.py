@@ -36,10 +36,16 @@ def results(seed: int = 0, gains: dict[str, float] | None = None, checks: tuple[
     leaks = (Check("suffix mutation", True, "40 mixes, none changed"), Check("exact duplicates", True, "none"))
     return Results(
         FORMAT,
-        {"digest": "ab" * 32, "prefix_tokens": 50, "documents": {"train": 1800, "tune": 100, "test": DOCUMENTS}},
+        {
+            "digest": "ab" * 32,
+            "prefix_tokens": 50,
+            "query_tokens": 50,
+            "documents": {"train": 1800, "tune": 100, "test": DOCUMENTS},
+        },
         {
             "command": "localmoe eval bank -o out",
-            "evaluation": {"prefix": 50, "seed": seed},
+            "eval": {"prefix": 50, "seed": seed},
+            "routable": 7,
             "machine": {"cpu": "AMD EPYC", "threads": 1},
         },
         tuple(f"document-{place}" for place in range(DOCUMENTS)),
@@ -57,6 +63,8 @@ def _method(name: str, places: tuple[int, ...], nll: list[float], tokens: tuple[
     counts = [tokens[place] for place in places]
     mean, most = ACTIVE.get(name, (None, None))
     seconds = {"added": Spread(ADDED[name], ADDED[name] * 1.4)} if name in ADDED else {}
+    if name == "base" or name.startswith("merged"):
+        seconds |= {"first_token": Spread(0.05, 0.06), "per_token": Spread(0.02, 0.03)}
     detail = {"similarity": [0.2 + 0.005 * place for place in places]} if name == "merged" else {}
     return MethodResult(
         name,

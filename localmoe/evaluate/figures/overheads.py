@@ -107,8 +107,8 @@ def run_times(material: Material) -> Figure:
             "run times are of banks and results, and none was given", "localmoe eval BANK --figure run-times"
         )
     caption = (
-        "Wall time. Of a bank: its last build, which may have gone on from an interrupted one. Of a prompt: what it adds "
-        "to the base model's own work, median."
+        "Wall time. Of a bank: its last build, which may have gone on from an interrupted one. Of a prompt: what it "
+        "adds to the base model's own work, median."
     )
     return Figure("Run times", caption, tuple(rows))
 

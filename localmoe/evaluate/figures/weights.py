@@ -181,8 +181,8 @@ def entropy(material: Material) -> Figure:
         axes.legend()
 
     caption = (
-        "Every point is one β. The entropy is the mean of an expert's predictions on the prefix; it costs one forward for "
-        "every expert of the bank."
+        "Every point is one β. The entropy is the mean of an expert's predictions on the prefix; it costs one forward "
+        "for every expert of the bank."
     )
     return Figure("Inner product against entropy", caption, tuple(rows), held.settings(), draw)
 
