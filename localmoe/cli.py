@@ -213,17 +213,23 @@ def evaluate(bank: Path, output: Path | None, as_json: bool, **options: Any) -> 
     """Measure on held-out documents what a bank is worth: against its base, and against one plain fine-tune.
 
     The fine-tune gets as many training tokens as the bank. The same command goes on where it was stopped; more methods
-    can be added later. Results, report and plots are left in FOLDER.
+    can be added later. Results, report and plots are left in FOLDER; with --figure, that figure and its data instead.
 
     [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe eval notes-bank
         [cyan]$[/cyan] localmoe eval code-bank --prefix 200 --documents 300 -o code-results
         [cyan]$[/cyan] localmoe eval notes-bank --methods base,trunk,merged,ttt-trunk --set ttt.documents=20
+        [cyan]$[/cyan] localmoe eval notes-bank --figure 5 --figure table-8 --set figure.active=[1,3,10]
     """
     from localmoe.terminal import evaluations, screen
 
     config = eval_config(options)
     folder = output if output is not None else Path(f"{bank.resolve().name}-eval")
+    if options["figures"]:
+        from localmoe.terminal import figures
+
+        figures.make(bank, folder, config, options, lambda path: _engine(path, options), as_json)
+        return
     results = evaluations.run(_engine(bank, options), folder, config)
     if as_json:
         screen.print_json(as_dict(results))

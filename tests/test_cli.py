@@ -19,7 +19,7 @@ from localmoe.config import BuildConfig, GenerateConfig, default_of
 from localmoe.errors import LocalMoEError, LockedError
 from localmoe.runtime.engine import Engine, open_engine
 
-HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "pyarrow", "plotly", "lm_eval")
+HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "pyarrow", "plotly", "lm_eval", "matplotlib")
 VERBS = ("demo", "plan", "build", "route", "generate", "chat", "eval", "lm-eval", "info", "map")
 
 

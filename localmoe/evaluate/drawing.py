@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,8 +163,14 @@ def draw_series(axes: Any, series: Sequence[Series], scale: str = "linear", plac
         axes.legend()
 
 
+def ones_twos_fives(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, … from `low` to `high`: ticks of a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low <= digit * 10.0**decade <= high]
+
+
 def ticks(axis: Any, places: Sequence[float]) -> None:
-    """Ticks at these places alone, as numbers."""
+    """Ticks at these places alone, as plain numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis.set_major_locator(FixedLocator(list(places)))

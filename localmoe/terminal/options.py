@@ -215,6 +215,23 @@ def eval_options(function: F) -> F:
             panel=every,
             help="Set any key, e.g. ttt.documents=20; may be repeated, and wins over the file and the other options.",
         ),
+        click.option(
+            "--figure",
+            "figures",
+            multiple=True,
+            metavar="NAME",
+            panel="Figures of the paper",
+            help="Make a figure or table instead, e.g. 5, table-8, all; may be repeated.",
+        ),
+        click.option(
+            "--with",
+            "others",
+            multiple=True,
+            type=PATH,
+            metavar="BANK|RESULTS",
+            panel="Figures of the paper",
+            help="Another bank, or the folder of another evaluation, for figures that compare; may be repeated.",
+        ),
     ]
     return _apply(function, options)
 
@@ -225,7 +242,8 @@ def eval_config(options: dict[str, Any]) -> EvalConfig:
     given = [f"{name}={options[name]}" for name in names if options[name] is not None]
     if options["methods"] is not None:
         given.append(f"methods={json.dumps([name.strip() for name in options['methods'].split(',') if name.strip()])}")
-    return load_eval_config(options["file"], [*given, *options["settings"]])
+    settings = [setting for setting in options["settings"] if not setting.startswith("figure.")]
+    return load_eval_config(options["file"], [*given, *settings])
 
 
 def lm_eval_options(function: F) -> F:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from localmoe.errors import UsageError
-from localmoe.evaluate.drawing import COLOURS, FAINT, MAP, Series, draw_series
+from localmoe.evaluate.drawing import COLOURS, FAINT, MAP, Series, draw_series, ones_twos_fives, ticks
 from localmoe.evaluate.figures.figure import Figure, Row, figures
 from localmoe.evaluate.figures.material import HeldOut, Material, Source
 from localmoe.evaluate.statistics import perplexity
@@ -88,6 +88,7 @@ def elbow(material: Material) -> Figure:
         ):
             axes.plot(x, [row[key] for row in rows], "-", color=COLOURS[0])
             axes.set(xlabel="clusters K", ylabel=label, xscale="log")
+            ticks(axes.xaxis, ones_twos_fives(1, rows[-1]["clusters"]))
 
     caption = f"Bisecting k-means of {documents:,} train documents, up to {rows[-1]['clusters']} clusters."
     settings = {"bank": material.source.name, "documents": documents, "clusters": rows[-1]["clusters"]}
@@ -108,7 +109,7 @@ def routing_accuracy(material: Material) -> Figure:
             Series(f"prefix of {held.prefix} tokens", x, [row["accuracy"] for row in rows], colour=COLOURS[0]),
             Series("by chance", x, [row["chance"] for row in rows], colour=FAINT, line=":"),
         ]
-        draw_series(axes, series, "log", [k for k in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= count])
+        draw_series(axes, series, "log", ones_twos_fives(1, count))
         axes.set(xlabel="k", ylabel="own cluster among the k nearest", ylim=(0, 1.03))
 
     caption = f"The own cluster: the centroid nearest to the whole document. {len(held)} documents, {count} experts."

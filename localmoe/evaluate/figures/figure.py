@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localmoe.evaluate.drawing import Draw, Plot, write_png
+from localmoe.evaluate.drawing import FAINT, Draw, Plot, write_png
 from localmoe.evaluate.figures.material import Material
 from localmoe.evaluate.tables import Cell, Column, Table, markdown
 from localmoe.registry import Registry
@@ -53,11 +53,24 @@ def write_figure(folder: Path, name: str, figure: Figure) -> list[Path]:
     }
     paths[1].write_text(json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     if figure.draw is not None:
-        plot = Plot(name, figure.title, figure.caption, figure.draw, figure.size)
+        plot = Plot(name, figure.title, figure.caption, _with_sizes(figure.draw, figure.settings), figure.size)
         return [*paths, write_png(plot, folder / f"{name}.png")]
     text = f"# {figure.title}\n\n{figure.caption}\n\n{markdown(as_table(figure))}"
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     return [*paths, folder / f"{name}.md"]
+
+
+def _with_sizes(draw: Draw, settings: Mapping[str, Any]) -> Draw:
+    """The same picture with a line below it that says what it was made of."""
+    words = [f"{settings[name]} {name}" for name in ("documents", "experts", "clusters") if name in settings]
+    named = [str(settings[name]) for name in ("bank", "base") if name in settings]
+
+    def drawn(canvas: Any) -> None:
+        draw(canvas)
+        if named or words:
+            canvas.supxlabel(", ".join(named + words), x=0.995, ha="right", fontsize=7, color=FAINT)
+
+    return drawn
 
 
 def as_table(figure: Figure) -> Table:

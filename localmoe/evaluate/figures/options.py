@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from localmoe.config import Fraction, Positive
+from localmoe.errors import ConfigError, did_you_mean
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Betas = tuple[Annotated[float, Field(ge=0)], ...]
@@ -54,3 +58,32 @@ class FigureConfig:
     """Tokens of a generated text (tables 9 and 10)."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """Temperature of generated texts."""
+
+
+PREFIX = "figure."
+"""What the keys of these options begin with on the command line."""
+
+
+def figure_config(settings: Sequence[str]) -> FigureConfig:
+    """The options from `figure.KEY=VALUE` settings, values read as YAML; others are not looked at.
+
+    Raises ConfigError for an unknown key (with a suggestion) or a bad value.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key.strip().startswith(PREFIX):
+            try:
+                values[key.strip().removeprefix(PREFIX)] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"cannot read the value of {setting!r}: {error}", "write lists as [1, 3]") from error
+    known = [field.name for field in dataclasses.fields(FigureConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {PREFIX + key!r}{did_you_mean(key, known)}", f"known: {', '.join(known)}")
+    try:
+        return TypeAdapter(FigureConfig).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{PREFIX}{place} = {problem['input']!r}: {problem['msg'].lower()}") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from localmoe.config import RouteConfig
-from localmoe.evaluate.drawing import COLOURS, Series, draw_series, reference
+from localmoe.evaluate.drawing import COLOURS, Series, draw_series, ones_twos_fives, reference, ticks
 from localmoe.evaluate.entropies import entropies
 from localmoe.evaluate.figures.figure import Figure, Row, figures
 from localmoe.evaluate.figures.material import HeldOut, Material
@@ -178,6 +178,7 @@ def entropy(material: Material) -> Figure:
                 points = [row["active_mean"] for row in chosen], [row["perplexity"] for row in chosen]
                 axes.plot(*points, "o-", color=colour, alpha=shade, label=name)
         axes.set(xlabel="active experts, mean", ylabel="perplexity, ensembled", xscale="log")
+        ticks(axes.xaxis, ones_twos_fives(1, len(experts)))
         axes.legend()
 
     caption = (
