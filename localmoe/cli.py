@@ -218,7 +218,6 @@ def evaluate(bank: Path, output: Path | None, as_json: bool, **options: Any) -> 
     [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe eval notes-bank
         [cyan]$[/cyan] localmoe eval code-bank --prefix 200 --documents 300 -o code-results
-        [cyan]$[/cyan] localmoe eval notes-bank --methods base,trunk,merged,ttt-trunk --set ttt.documents=20
         [cyan]$[/cyan] localmoe eval notes-bank --figure 5 --figure table-8 --set figure.active=[1,3,10]
     """
     from localmoe.terminal import evaluations, screen

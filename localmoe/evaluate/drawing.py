@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from localmoe.errors import UsageError
 
 COLOURS = ("#2f7ebc", "#d9731a", "#1f9e77", "#c0519e", "#8d7b14", "#7567c4", "#b5493f", "#5b8f3a")
@@ -51,6 +53,9 @@ _STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "localmoe",
 }
+
+# Shares of the axes: points closer than this are one, a label's width and height.
+_POINT, _LABEL, _LINE = 0.02, 0.16, 0.045
 
 Draw = Callable[[Any], None]
 """Fills a matplotlib Figure."""
@@ -184,3 +189,35 @@ def reference(axes: Any, y: float, name: str, colour: str = FAINT) -> None:
     axes.annotate(
         name, (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color=colour
     )
+
+
+def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside points (x logarithmic): right of them, left where another point is in the way; none on another.
+
+    Points that can hardly be told apart share one label.
+    """
+    (left, right), (low, high) = np.log(axes.get_xlim()), axes.get_ylim()
+    places = [((np.log(x) - left) / (right - left), (y - low) / (high - low), name) for x, y, name in points]
+    groups: list[list[tuple[float, float, str]]] = []
+    for place in sorted(places, key=lambda place: -place[1]):
+        same = (g for g in groups if abs(g[0][0] - place[0]) < _POINT and abs(g[0][1] - place[1]) < _POINT)
+        group = next(same, None)
+        if group is None:
+            groups.append([place])
+        else:
+            group.append(place)
+    taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for group in groups:
+        x, y, _ = group[0]
+        blocked = any(_POINT < other - x < _LABEL and abs(level - y) < _LINE for other, level, _ in places)
+        while any(abs(x - other) < _LABEL and abs(y - level) < _LINE for other, level in taken[blocked]):
+            y -= _LINE / 2
+        taken[blocked].append((x, y))
+        axes.annotate(
+            ", ".join(name for _, _, name in group),
+            (x + (-0.015 if blocked else 0.015), y),
+            xycoords="axes fraction",
+            va="center",
+            ha="right" if blocked else "left",
+            fontsize=8.5,
+        )

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from localmoe.evaluate.drawing import COLOURS, FAINT, INK, Plot, percent_axis, seconds_axis
+from localmoe.evaluate.drawing import COLOURS, FAINT, INK, Plot, label_points, percent_axis, seconds_axis
 from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
 from localmoe.evaluate.tables import headline, main_baseline, nll_on
 from localmoe.evaluate.verdicts import outcome
 
 _TONES = {"better": COLOURS[2], "worse": COLOURS[6], "no difference shown": FAINT}
-_FREE = 2e-4
-"""Seconds up to which nothing is added to a prompt: a timer's own noise."""
+_FREE = ("base", "trunk", "fine-tuned", "fine-tuned-full")
+"""Methods that are one model for all prompts, and so add no time."""
 
 
 def plots(results: Results) -> list[Plot]:
@@ -32,16 +32,16 @@ def plots(results: Results) -> list[Plot]:
 
 def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
     baseline = rows[0].baseline
-    timed = [(row, method) for row in rows if (method := results.method(row.method)) and "added" in method.seconds]
-    slow = [(row, method) for row, method in timed if method.seconds["added"].p50 > _FREE]
-    free = [row for row in rows if row.method not in {method.name for _, method in slow}]
+    slow = [(row, method) for row in rows if (method := results.method(row.method)) and "added" in method.seconds]
+    free = [row for row in rows if row.method in _FREE]
+    untimed = {row.method for row in rows} - {method.name for _, method in slow} - set(_FREE)
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
         axes.set_xscale("log")
         left = min((method.seconds["added"].p50 for _, method in slow), default=1e-3)
         right = max((method.seconds["added"].p50 for _, method in slow), default=1.0)
-        axes.set_xlim(left / 5, right * 12)
+        axes.set_xlim(left / 8, right * 12)
         axes.axhline(0, color=INK, linewidth=0.9)
         for row in free:
             axes.axhline(row.gain, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -58,8 +58,9 @@ def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
                 markerfacecolor=colour if row.documents == len(results.documents) else "none",
                 elinewidth=1.1,
                 capsize=2.5,
+                zorder=4 if method.default else 3,
             )
-        _label_points(axes, [(m.seconds["added"].p50, row.gain, row.method) for row, m in slow])
+        label_points(axes, [(m.seconds["added"].p50, row.gain, row.method) for row, m in slow])
         _label_lines(axes, right * 11, [(0.0, baseline), *((row.gain, row.method) for row in free)])
         seconds_axis(axes.xaxis)
         percent_axis(axes.yaxis)
@@ -69,18 +70,9 @@ def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
         "What each method gains for the time that it adds to a prompt (logarithmic). Dashed lines add no time. Bars: "
         "95 % intervals. Orange: the shipped default. Hollow: scored on some of the documents only."
     )
+    if untimed:
+        caption += f" Not timed, and so not here: {', '.join(sorted(untimed))}."
     return Plot("gain-against-time", "Gain against added time", caption, draw)
-
-
-def _label_points(axes: Any, points: list[tuple[float, float, str]]) -> None:
-    """Names right of their points; left of them where another point would be in the way."""
-    low, high = axes.get_ylim()
-    step = (high - low) / 22
-    for x, y, name in points:
-        blocked = any(1 < other / x < 8 and abs(level - y) < 1.5 * step for other, level, _ in points)
-        axes.annotate(
-            name, (x / 1.25 if blocked else x * 1.25, y), va="center", ha="right" if blocked else "left", fontsize=8.5
-        )
 
 
 def _label_lines(axes: Any, x: float, lines: list[tuple[float, str]]) -> None:

@@ -79,6 +79,13 @@ def test_a_plot_takes_the_colour_of_the_page(results: Results) -> None:
     assert drawing == svg(plots(results)[0])
 
 
+def test_a_method_that_was_not_timed_is_not_drawn_as_if_it_were_free() -> None:
+    made = made_results.results(gains={"fine-tuned": 0.0, "trunk": -0.1, "merged": 0.02, "ensemble-9": 0.03})
+    caption = plots(made)[0].caption
+    assert caption.endswith("Not timed, and so not here: ensemble-9.")
+    assert "Not timed" not in plots(made_results.results())[0].caption
+
+
 def test_cells_are_escaped_and_carry_what_they_are_sorted_by() -> None:
     html = table_part(
         Table("t", (Column("a<", help='"'), Column("b", True)), ((Cell("<i>"), Cell("1 %", 0.01, "good")),))

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from localmoe.errors import UsageError
-from localmoe.evaluate.drawing import COLOURS, FAINT, Series, draw_series, reference
+from localmoe.evaluate.drawing import (
+    COLOURS,
+    FAINT,
+    Series,
+    draw_series,
+    label_points,
+    ones_twos_fives,
+    reference,
+    ticks,
+)
 from localmoe.evaluate.figures.figure import Figure, Row, figures
 from localmoe.evaluate.figures.material import Material
 from localmoe.evaluate.results import MethodResult, Results
@@ -29,19 +38,19 @@ def gain_against_time(material: Material) -> Figure:
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
-        for place, family in enumerate(("base", "fine-tuned", "merged", "ensemble", "ttt")):
+        drawn = []
+        for place, family in enumerate(("base", "trunk", "fine-tuned", "merged", "ensemble", "ttt")):
             points = [row for row in means if row["method"].startswith(family) and row["method"] != "fine-tuned-full"]
+            drawn += points
             points.sort(key=lambda row: row["seconds"])
             if not points:
                 continue
             x, y = [row["seconds"] for row in points], [row["share"] for row in points]
             axes.plot(x, y, "o-", color=COLOURS[place], label=family)
-            for row in points:
-                axes.annotate(
-                    row["method"], (row["seconds"], row["share"]), (5, -9), textcoords="offset points", fontsize=8
-                )
         axes.set_xscale("log")
         axes.margins(0.15)
+        ticks(axes.xaxis, ones_twos_fives(*axes.get_xlim()))
+        label_points(axes, [(row["seconds"], row["share"], row["method"]) for row in drawn])
         axes.set(xlabel=f"seconds for {new_tokens} tokens", ylabel="(ppl base − ppl) / (ppl base − ppl TTT)")
 
     goal = " or ".join(sorted({row["ttt"] for row in rows}))
@@ -109,8 +118,12 @@ def number_of_clusters(material: Material) -> Figure:
     """Perplexity against the number of experts K, for several N; from banks that hold out the same documents."""
     rows: list[Row] = []
     settings: dict[str, Any] = {}
+    names: tuple[str, ...] = ()
+    digests = []
     for held in material.every_held_out():
         source = held.source
+        names = tuple(trial.document for trial in held.trials)
+        digests.append(held.engine.bank.manifest.digest)
         settings = settings or held.settings()
         count = len(held.engine.router.centroids.experts)
         base = held.nll([base_mix(held.engine.bank)] * len(held), f"{source.name}: base")
@@ -120,12 +133,14 @@ def number_of_clusters(material: Material) -> Figure:
                 nll = held.nll(mixes, f"{source.name}: {active} experts active")
                 row: Row = {"bank": source.name, "experts": count, "active": active}
                 rows.append(row | {"documents": len(held)} | held.measured(nll, base))
-    rows += _from_results(material)
+    others, left_out = _from_results(material, digests, names)
+    rows += others
     if len({row["experts"] for row in rows if row["experts"] is not None}) < 2:
         raise UsageError(
             "this figure compares numbers of experts, and there is one", "give more banks: --with BANK, may be repeated"
         )
     settings |= {
+        "left_out": left_out,
         "banks": [source.name for source in material.sources],
         "results": [name for name, _ in material.results],
     }
@@ -148,21 +163,36 @@ def number_of_clusters(material: Material) -> Figure:
     caption = (
         "Merged models; β is found on each bank's tune documents for every N. The gain in the data is over the base."
     )
+    if left_out:
+        caption += f" Left out: {'; '.join(left_out)}."
     return Figure("Perplexity against the number of experts", caption, tuple(rows), settings, draw)
 
 
-def _from_results(material: Material) -> list[Row]:
-    """Points of evaluations that are given as results, and their fine-tunes as lines."""
+def _from_results(material: Material, banks: Sequence[str], documents: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """Points of evaluations of other banks, the fine-tunes and TTT of all as lines, and what was left out, and why.
+
+    documents: those of the banks that are compared, none if there is no bank.
+    """
     rows: list[Row] = []
+    left_out = []
     for name, results in material.results:
+        documents = documents or results.documents
+        if set(results.documents) != set(documents):
+            left_out.append(f"{name}: scored on other documents")
+            continue
         for method in results.methods:
             row: Row = {"bank": name, "method": method.name, "documents": len(method.documents)}
             row |= {"perplexity": method.perplexity}
-            if method.name in _MERGED:
+            known = method.name in _MERGED and results.corpus.get("bank") in banks
+            if method.name not in (*_MERGED, "fine-tuned", *_TTT) or known:
+                continue
+            if len(method.documents) < len(results.documents):
+                left_out.append(f"{name}: {method.name} was scored on {len(method.documents)} documents only")
+            elif method.name in _MERGED:
                 rows.append(row | {"experts": results.config["routable"], "active": int(method.name.partition("-")[2])})
-            elif method.name in ("fine-tuned", *_TTT):
+            else:
                 rows.append(row | {"experts": None, "active": None})
-    return rows
+    return rows, left_out
 
 
 @figures.register("table-1")

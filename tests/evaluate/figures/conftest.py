@@ -61,7 +61,8 @@ def material(figure_engine: Engine, tmp_path_factory: pytest.TempPathFactory) ->
     evaluation = EvalConfig(prefix=PREFIX, near_duplicate=1.0)
     sources = [Source(name, lambda: figure_engine, evaluation, losses, lambda *_: None) for name in ("one", "two")]
     config = replace(CONFIG, overhead=_overhead(folder))
-    yield Material(config, evaluation, tuple(sources), (("made up", made_results.results()),))
+    ids = tuple(trial.document for trial in sources[0].held_out(PREFIX).trials)
+    yield Material(config, evaluation, tuple(sources), (("made up", made_results.results(ids=ids)),))
     losses.close()
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import made_results
 import numpy as np
 import pytest
 import torch
@@ -127,6 +128,16 @@ def test_the_ends_of_the_normalised_gain_are_base_and_ttt(made: dict[str, Figure
     assert base == pytest.approx(0.05 + 99 * 0.02)
     assert _row(made["1-left"], method="ttt-trunk")["seconds"] == pytest.approx(base + 14.2)
     assert _row(made["1-left"], method="ensemble-3")["seconds"] == pytest.approx(3 * base)
+
+
+def test_points_of_other_documents_are_left_out_and_said(made: dict[str, Figure], material: Material) -> None:
+    assert {row["experts"] for row in made["1-right"].rows} == {4, 7, None}
+    assert made["1-right"].settings["left_out"] == ["made up: ttt-trunk was scored on 2 documents only"]
+    others = replace(material, results=(*material.results, ("others", made_results.results())))
+    again = figures["1-right"](others)
+    assert again.rows == made["1-right"].rows
+    assert again.settings["left_out"][-1] == "others: scored on other documents"
+    assert "others: scored on other documents" in again.caption
 
 
 def test_the_cost_of_tokens_grows_by_the_measured_pace(made: dict[str, Figure]) -> None:
