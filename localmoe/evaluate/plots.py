@@ -137,10 +137,11 @@ def _by_document(results: Results, method: MethodResult, baseline: MethodResult)
         known = dict(zip(method.documents, similarity, strict=True))
         values = np.array([known[place] for place in places], dtype=float)
         against.insert(0, ("nearest centroid's similarity", values, False))
+    against = [panel for panel in against if np.ptp(panel[1]) > 0]
     better = float((gains > 0).mean())
 
     def draw(canvas: Any) -> None:
-        panels = canvas.subplots(1, len(against) + 1, sharey=True)
+        panels = canvas.subplots(1, len(against) + 1, sharey=True, squeeze=False)[0]
         panels[0].hist(gains, bins=30, orientation="horizontal", color=COLOURS[0], alpha=0.75)
         panels[0].set(xlabel="documents", ylabel="nats a token gained")
         panels[0].xaxis.get_major_locator().set_params(integer=True)

@@ -90,6 +90,11 @@ def methods_table(results: Results) -> Table:
         _method_cells(results, method, comparison(results, method.name, baseline)) for method in results.methods
     )
     notes = [f"{method.name}: {method.note}" for method in results.methods if method.note]
+    if baseline not in (None, BASELINES[0]):
+        notes.append(
+            f"{BASELINES[0]} was not run: a gain over {baseline} may be what more training tokens bought, not what experts "
+            "are worth."
+        )
     kept = list(range(len(columns)))
     if len({method.documents for method in results.methods}) > 1:
         notes.append("Perplexities over different documents cannot be compared; gains are over the same documents.")

@@ -15,6 +15,10 @@ _NOUNS = {
     "ttt-trunk": "test-time training from the trunk",
     "context": "the nearest documents in the context",
     "nearest": "the nearest expert alone",
+    "uniform": "merging with equal weights",
+    "sift": "merging with SIFT's weights",
+    "entropy": "merging with weights by entropy",
+    "members": "merging with weights by distance to members",
 }
 _ACTS = {"merged": "merging", "ensemble": "ensembling"}
 

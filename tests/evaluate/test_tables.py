@@ -62,6 +62,12 @@ def test_without_a_subset_the_documents_are_not_repeated_in_every_row() -> None:
     assert subset_tables(made_results.results(gains=gains)) == []
 
 
+def test_without_the_fair_baseline_the_table_says_what_a_gain_may_be() -> None:
+    gains = {"base": 0.0, "trunk": 0.1, "merged": 0.2}
+    assert "fine-tuned was not run" in methods_table(made_results.results(gains=gains)).notes[0]
+    assert "was not run" not in " ".join(methods_table(made_results.results()).notes)
+
+
 def test_the_subset_table_scores_every_method_on_the_same_documents(results: Results) -> None:
     (table,) = subset_tables(results)
     merged, fine = results.method("merged"), results.method("fine-tuned")
