@@ -92,8 +92,8 @@ def methods_table(results: Results) -> Table:
     notes = [f"{method.name}: {method.note}" for method in results.methods if method.note]
     if baseline not in (None, BASELINES[0]):
         notes.append(
-            f"{BASELINES[0]} was not run: a gain over {baseline} may be what more training tokens bought, not what experts "
-            "are worth."
+            f"{BASELINES[0]} was not run: a gain over {baseline} may be what more training tokens bought, not "
+            "what experts are worth."
         )
     kept = list(range(len(columns)))
     if len({method.documents for method in results.methods}) > 1:
