@@ -11,6 +11,7 @@ import torch
 
 from localmoe.config import GenerateConfig, RouteConfig
 from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, methods, plain_mixes
+from localmoe.evaluate.entropies import entropies
 from localmoe.evaluate.protocol import Trial
 from localmoe.models import packed
 from localmoe.packing import token_nll
@@ -80,7 +81,9 @@ def merged(bench: Bench) -> Scores:
     """What the bank does as it is shipped."""
     mixes, select = routed(bench, bench.engine.config)
     scores = score_mixes(bench, mixes, select, "merged")
-    return replace(scores, detail={"beta": bench.engine.config.beta, "router": bench.engine.config.router})
+    nearest = similarities(bench.queries, bench.engine.router.centroids).amax(dim=1).tolist()
+    config = bench.engine.config
+    return replace(scores, detail={"beta": config.beta, "router": config.router, "similarity": nearest})
 
 
 def _merged_with(active: int) -> Callable[[Bench], Scores]:
@@ -153,13 +156,14 @@ for _active in (3, 10):
 
 
 def _ensembled(bench: Bench, mixes: Sequence[Mix], select: Sequence[float], title: str) -> Scores:
-    totals, added = [], []
+    totals, forwards = [], []
     for place, (trial, mix) in enumerate(zip(bench.trials, mixes, strict=True)):
         started = time.perf_counter()
         totals.append(float(ensemble_nll(bench, trial, mix).sum()))
-        added.append(time.perf_counter() - started)
+        forwards.append(time.perf_counter() - started)
         bench.watch(title, place + 1, len(mixes))
-    stages = {"embed": bench.embedded[1], "select": tuple(select), "forwards": tuple(added)}
+    stages = {"embed": bench.embedded[1], "select": tuple(select), "forwards": tuple(forwards)}
+    stages["added"] = tuple(sum(parts) for parts in zip(*stages.values(), strict=True))
     return Scores(tuple(range(len(totals))), tuple(totals), bench.bank_tokens, plain_mixes(mixes), stages)
 
 
@@ -184,30 +188,20 @@ def entropy(bench: Bench) -> Scores:
     engine, experts = bench.engine, bench.engine.router.centroids.experts
     if len(experts) < 2:
         raise NotPossibleError("entropies choose among several experts, and the bank has one", "leave out entropy")
-    tune = torch.stack([_entropies(bench, trial) for trial in bench.tune])
+    tune = torch.stack([entropies(bench.engine, trial.passage.tokens[: bench.cut.query]) for trial in bench.tune])
     config = engine.config
     beta = find_beta(-tune, config.active, config.tau, config.max_experts).beta
     mixes, seconds = [], []
     for place, trial in enumerate(bench.trials):
         started = time.perf_counter()
-        weights = sparse_softmax(-_entropies(bench, trial)[None], beta, config.tau)[0].float().tolist()
+        weights = (
+            sparse_softmax(-entropies(bench.engine, trial.passage.tokens[: bench.cut.query])[None], beta, config.tau)[0]
+            .float()
+            .tolist()
+        )
         chosen = sorted((name, weight) for name, weight in zip(experts, weights, strict=True) if weight > 0)
         names, kept = zip(*chosen, strict=True)
         mixes.append(replace(base_mix(engine.bank), experts=names, weights=kept))
         seconds.append(time.perf_counter() - started)
         bench.watch("entropies", place + 1, len(bench.trials))
     return replace(score_mixes(bench, mixes, seconds, "entropy"), detail={"beta": beta})
-
-
-@torch.inference_mode()
-def _entropies(bench: Bench, trial: Trial) -> torch.Tensor:
-    """H [K] in nats: the mean over the query's tokens of the entropy of each expert's next-token distribution."""
-    engine = bench.engine
-    tokens = trial.passage.tokens[None, : bench.cut.query].to(engine.model.device)
-    found = []
-    for name in engine.router.centroids.experts:
-        with engine.merged(replace(base_mix(engine.bank), experts=(name,), weights=(1.0,))):
-            logits = engine.model(input_ids=tokens, use_cache=False).logits[0]
-        log = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        found.append(float(-(log.exp() * log).sum(dim=-1).mean()))
-    return torch.tensor(found, dtype=torch.float64)
