@@ -129,6 +129,12 @@ def _choice_results(doc: Record, results: list[tuple[float, bool]]) -> dict[str,
     }
 
 
+def _letter_results(doc: Record, results: list[tuple[float, bool]]) -> dict[str, float]:
+    """The same of choices that are letters: without acc_norm, since all are as long."""
+    found = _choice_results(doc, results)
+    return {name: found[name] for name in ("acc", "choice_nll")}
+
+
 def _schema_task(records: list[Record]) -> Task:
     """Choices that stand in the context, e.g. Winograd's."""
     rows = [{key: record[key] for key in ("context_options", "continuation", "gold")} for record in records]
@@ -231,7 +237,7 @@ def _subject_task(archive: Path, subject: str, splits: dict[str, list[Record]]) 
         "doc_to_text": "question",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
-        "process_results": _choice_results,
+        "process_results": _letter_results,
         "metric_list": [_ACCURACY, {"metric": "choice_nll"} | _DOWN],
         "metadata": {"version": 1.0, "file": archive.name},
     }

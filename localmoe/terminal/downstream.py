@@ -54,9 +54,8 @@ def show_downstream(console: Console, runs: Sequence[Run], compared: Sequence[Co
 
 
 def _show_pair(console: Console, method: str, baseline: str, rows: list[Comparison]) -> None:
-    shown = table(
-        "task", "metric", method, baseline, "difference, 95 % interval", "documents", "", right=("documents",)
-    )
+    interval = "difference, 95 % interval"
+    shown = table("task", "metric", method, baseline, interval, "documents", "", right=(interval, "documents"))
     for row in rows:
         metric = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
         better = "" if row.higher_is_better else " ↓"

@@ -106,6 +106,7 @@ def test_choices_are_counted_as_the_harness_counts_them(tmp_path: Path) -> None:
             found = ours.process_results(doc, results)
             assert {name: found[name] for name in ("acc", "acc_norm")} == theirs.process_results(doc, results)
             total = sum(math.exp(score) for score in scores)
+            assert sorted(found) == sorted(ours.aggregation())
             assert found["choice_nll"] == pytest.approx(-math.log(math.exp(scores[doc["gold"]]) / total))
 
 
@@ -189,6 +190,8 @@ def test_mmlu_is_a_group_of_its_subjects_with_the_harness_s_prompt(tmp_path: Pat
     )
     assert task.doc_to_text(task.eval_docs[0]).startswith("Who, then?")  # what it is routed on
     assert [doc["gold"] for doc in task.eval_docs] == [2]
+    found = task.process_results(task.eval_docs[0], [(-1.0, False), (-2.0, False), (-0.5, False), (-9.0, False)])
+    assert found["acc"] == 1.0 and sorted(found) == sorted(task.aggregation())
     assert [doc["gold"] for doc in built(tmp_path, "mmlu_anatomy").eval_docs] == [0, 1]
 
 
