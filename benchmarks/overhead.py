@@ -5,8 +5,9 @@
 
 Experts are random; base, experts, mixes, prompts and dtype are the same on both sides. `ttmerge` keeps its experts in
 memory and on the device (`cold` aside), and gets what is needed to merge any N (its limit of 50 lifted).
-"Added" is the time from a prompt's text to its first token, less that of the base model in the same round, which goes
-through transformers' own `generate`. Ratios are of the medians of what is added, `ttmerge`'s over ours.
+"Added" is the time from a prompt's text to its first token, less that of the base model alone in the same round: for
+`ttmerge` by transformers' `generate`, which it uses; for us by that or by our engine, whichever was faster. Ratios are
+of the medians of what is added, `ttmerge`'s over ours; its restoring of weights after the answer is not in them.
 
 Parts: first (every stage, experts in memory, no encoder), encoder (with it), cold (experts on disk, page cache empty),
 answers (32 and 100 new tokens), switch (dense against bare addmm), shared (experts of one A), memory.
@@ -75,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--execution", default="auto", help="auto, dense, stacked")
     parser.add_argument("--encoder", default=MINILM)
-    parser.add_argument("--fast-encoder", default=None, help="one more row of part `encoder`")
+    parser.add_argument("--fast-encoder", default="static", help="one more row of parts `encoder` and `answers`")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument(
         "--work", type=Path, default=None, help="where banks are written; default: the temporary folder"

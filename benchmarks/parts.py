@@ -9,7 +9,7 @@ from typing import Any
 
 import machine
 import torch
-from bench import Bench, in_turn, ratio, stages
+from bench import OWN_BASE, Bench, in_turn, ratio, stages
 from material import mixed_queries, note
 from sides import BaseAlone, Ours, Ttmerge, drop_from_page_cache
 
@@ -29,7 +29,7 @@ def first(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
             medians = stages(rounds)
             limit = machine.limits(bench.shapes, rank, active, bench.arguments.prompt_tokens, bench.speeds)
             addmm = statistics.median(machine.seconds(_addmms(bench, rank * active), 5, bench.device))
-            bare = {"limit": limit, "bare_addmm": addmm, "execution": ours.chosen()}
+            bare = {"limit": limit, "bare_addmm": addmm, "execution": str(ours.last)}
             found[name] = {"medians": medians, "ratio": ratio(medians), **bare, "rounds": rounds}
             found[name]["ratio_of_whole_calls"] = ratio(medians, key="added_total")
             _show(f"first token, {name}, warm, without encoder", medians, bare)
@@ -50,15 +50,16 @@ def encoder(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     active = 10 if 10 in arguments.active else max(arguments.active)
     theirs = SentenceTransformer(locate(arguments.encoder), device=bench.device)
     ours = {"localmoe": load_encoder(arguments.encoder)}
-    if arguments.fast_encoder is not None:
-        ours["localmoe fast"] = load_encoder(arguments.fast_encoder)
+    ours["localmoe fast"] = load_encoder(arguments.fast_encoder)
     for rank in arguments.ranks:
         experts = bench.experts(rank, arguments.experts)
         sides: dict[str, Any] = {"base": BaseAlone(bench.model, bench.tokenizer, bench.device).answer}
         for name, model in ours.items():
-            sides[name] = Ours(bench.model, bench.tokenizer, experts, model.encode, arguments.execution).answer
+            one = Ours(bench.model, bench.tokenizer, experts, model.encode, arguments.execution)
+            sides[name] = one.answer
         sides["ttmerge"] = Ttmerge(bench.model, bench.tokenizer, experts, theirs.encode, bench.device).answer
-        rounds = _warm(bench, {name: _one(answer) for name, answer in sides.items()}, active)
+        counted = {name: _one(answer) for name, answer in sides.items()}
+        rounds = _warm(bench, counted | {OWN_BASE: _own_base(one, 1)}, active)
         medians, name = stages(rounds), f"N={active} r={rank}"
         found[name] = {"medians": medians, "rounds": rounds}
         _show(f"first token, {name}, warm, with encoder", medians, {})
@@ -79,6 +80,7 @@ def cold(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
         theirs = Ttmerge(bench.model, bench.tokenizer, experts, None, bench.device, in_memory=False)
         base = BaseAlone(bench.model, bench.tokenizer, bench.device)
         sides = {"base": _one(base.answer), "localmoe": _one(ours.answer), "ttmerge": _one(theirs.answer)}
+        sides[OWN_BASE] = _own_base(ours, 1)
 
         def empty(query: Any, ours: Ours = ours, experts: Any = experts) -> None:
             ours.forget()
@@ -92,7 +94,7 @@ def cold(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
             medians = stages(rounds)
             found[f"N={active} r={rank}"] = {"medians": medians, "ratio": ratio(medians), "rounds": rounds}
             _show(f"first token, N={active} r={rank}, cold, without encoder", medians, {})
-        del ours, theirs, sides, empty
+        del ours, theirs, base, sides, empty
         gc.collect()
     return found
 
@@ -109,20 +111,19 @@ def answers(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     for rank in arguments.ranks:
         experts = bench.experts(rank, arguments.experts)
         base = BaseAlone(bench.model, bench.tokenizer, bench.device)
+        ours = Ours(bench.model, bench.tokenizer, experts, own.encode, arguments.execution)
         sides = {
             "base": base.answer,
-            "localmoe": Ours(bench.model, bench.tokenizer, experts, own.encode, arguments.execution).answer,
+            "localmoe": ours.answer,
             "ttmerge": Ttmerge(bench.model, bench.tokenizer, experts, theirs.encode, bench.device).answer,
         }
-        if arguments.fast_encoder is not None:
-            fast = load_encoder(arguments.fast_encoder)
-            sides["localmoe fast"] = Ours(
-                bench.model, bench.tokenizer, experts, fast.encode, arguments.execution
-            ).answer
+        fast = load_encoder(arguments.fast_encoder).encode
+        sides["localmoe fast"] = Ours(bench.model, bench.tokenizer, experts, fast, arguments.execution).answer
         for active, (tokens, share) in itertools.product(arguments.active, ((32, 2), (100, 3))):
             if tokens == 100 and active not in (min(arguments.active), max(arguments.active)):
                 continue
             counted = {name: _many(answer, tokens) for name, answer in sides.items()}
+            counted[OWN_BASE] = _own_base(ours, tokens)
             rounds = _warm(bench, counted, active, max(3, arguments.rounds // share))
             medians, name = stages(rounds), f"N={active} r={rank} {tokens} tokens"
             times_base = {
@@ -133,7 +134,7 @@ def answers(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
             _show(
                 f"{tokens} new tokens, N={active} r={rank}, encoder included", medians, {"times the base": times_base}
             )
-        del sides, counted
+        del ours, sides, counted
         gc.collect()
     return found
 
@@ -215,7 +216,7 @@ def _sides(bench: Bench, rank: int) -> tuple[Ours, dict[str, Any]]:
     theirs = Ttmerge(bench.model, bench.tokenizer, experts, None, bench.device)
     sides = {"base": base.answer, "localmoe": ours.answer, "ttmerge": theirs.answer}
     found = {name: _one(answer) for name, answer in sides.items()}
-    found["base by our engine"] = lambda text, _: ours.answer(text, None, 1)
+    found[OWN_BASE] = _own_base(ours, 1)
     if bench.device == "cuda":
         host = Ttmerge(bench.model, bench.tokenizer, experts, None, bench.device, on_device=False)
         found["ttmerge, experts on the host"] = _one(host.answer)
@@ -226,13 +227,17 @@ def _warm(bench: Bench, sides: dict[str, Any], active: int, rounds: int | None =
     """Rounds of distinct mixes whose experts are in memory: all were used before, with other prompts."""
     count = bench.arguments.rounds if rounds is None else rounds
     queries = mixed_queries(bench.arguments.experts, active, count)
-    one = {name: answer for name, answer in sides.items() if name != "base"}
+    one = {name: answer for name, answer in sides.items() if name not in ("base", OWN_BASE)}
     for query in queries:
         text = next(bench.texts)
         for answer in one.values():
             answer(text, query)
     note(f"N={active}: {count} rounds of {', '.join(sides)}")
     return in_turn(sides, bench.texts, queries)
+
+
+def _own_base(ours: Ours, tokens: int) -> Any:
+    return lambda text, _: ours.answer(text, None, tokens)
 
 
 def _one(answer: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,20 +57,16 @@ def generate(
     clock = Clock()
     begun = time.perf_counter()
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
-    out = generator(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        stopping_criteria=[clock],
-        pad_token_id=0,
-    )
+    out = generator(ids, stopping_criteria=[clock], **greedy(ids, new_tokens))
     said = tokenizer.decode(out[0, ids.shape[1] :])
     machine.synchronise(device)
     return begun, clock, time.perf_counter(), said
+
+
+def greedy(ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """Arguments of transformers' `generate`: exactly `new_tokens` tokens, always the likeliest."""
+    drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": 0}
+    return {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, **drawn}
 
 
 class BaseAlone:
@@ -89,10 +86,17 @@ class Ours:
     """LocalMoE's engine; every answer merges anew (the mix cache is off)."""
 
     def __init__(self, model: Any, tokenizer: Any, experts: Experts, encoder: Any | None, execution: str) -> None:
+        from localmoe.config import ExecutionConfig
+        from localmoe.runtime.calibration import planner
         from localmoe.runtime.engine import Engine
 
-        self.encoder, self.execution = StandIn(encoder), execution
-        self.engine = Engine(experts.bank, model, tokenizer, self.encoder, routing())
+        self.encoder = StandIn(encoder)
+        config = ExecutionConfig(execution=execution, mix_cache=False)
+        self.engine = Engine(experts.bank, model, tokenizer, self.encoder, routing(), execution=config)
+        self.executor = self.engine.executor
+        self.last: Any = None
+        if execution == "auto":
+            self.executor.planner = planner(self.executor)
 
     def answer(self, text: str, query: np.ndarray | None, new_tokens: int) -> Times:
         """The answer of the mix that `query` gives; without one, of the base model through the same engine."""
@@ -111,6 +115,7 @@ class Ours:
         pieces = self.engine.start(text, GenerateConfig(max_new_tokens=new_tokens), mix)
         answer = pieces.answer("".join(pieces))
         total = time.perf_counter() - begun
+        self.last = pieces.choice
         if answer.new_tokens != new_tokens:
             raise RuntimeError(f"{answer.new_tokens} tokens were generated, not {new_tokens}")
         spent = answer.seconds
@@ -135,16 +140,37 @@ class Ours:
     def switch(self, mix: Any) -> float:
         """Seconds from a mix to the model merged by it (`dense`)."""
         begun = time.perf_counter()
-        with self.engine.merged(mix):
+        with self.engine.merged(mix, "dense"):
             return time.perf_counter() - begun
 
-    def chosen(self) -> str:
-        """How the last mix was executed."""
-        return "dense"
+    @torch.inference_mode()
+    def answer_batch(
+        self, texts: Sequence[str], mixes: Sequence[Any], new_tokens: int, choice: Any = None
+    ) -> list[str]:
+        """Texts of equally many tokens, each with its own mix, in one batch; `choice`: executed so, not as planned."""
+        executor = self.executor
+        ids = self.engine.tokenizer(list(texts), return_tensors="pt")["input_ids"].to(self.engine.model.device)
+        loaded = executor.load(mixes)
+        self.last = executor.choose(loaded, *ids.shape, new_tokens) if choice is None else choice
+        with executor.running(loaded, self.last) as running:
+
+            def token(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                if new_tokens > 1:
+                    running.decode()
+                return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+            out = self.engine.model.generate(ids, stopping_criteria=[token], **greedy(ids, new_tokens))
+        return self.engine.tokenizer.batch_decode(out[:, ids.shape[1] :])
+
+    def plan(self, texts: Sequence[str], mixes: Sequence[Any], new_tokens: int) -> Any:
+        """What the planner predicts of a batch."""
+        executor, loaded = self.executor, self.executor.load(mixes)
+        tokens = len(self.engine.tokenizer(texts[0])["input_ids"])
+        return executor.planner.plan(executor.work(loaded, len(texts), tokens, new_tokens))
 
     def forget(self) -> None:
         """Drop the experts from memory."""
-        self.engine.executor.forget()
+        self.executor.forget()
 
 
 class Ttmerge:

@@ -14,10 +14,10 @@ from localmoe.terminal.options import (
     build_config,
     build_options,
     draw_options,
-    encoder_option,
     eval_config,
     eval_options,
     generate_config,
+    generation_option,
     knob,
     lm_eval_config,
     lm_eval_options,
@@ -133,29 +133,38 @@ def build(source: str, bank: Path, no_texts: bool, as_json: bool, **options: Any
 @click.argument("bank", type=PATH)
 @prompt_options
 @routing_options
-@encoder_option()
+@model_options
+@click.option(
+    "--explain", is_flag=True, help="Also run the mix in every way there is: predicted and measured time of each."
+)
+@generation_option("--max-new-tokens", "max_new_tokens", "With --explain: tokens of each answer at most.", type=int)
 @as_json
 def route(
-    bank: Path, prompt: str | None, prompt_file: Path | None, encoder: str | None, as_json: bool, **changes: Any
+    bank: Path, prompt: str | None, prompt_file: Path | None, explain: bool, as_json: bool, **options: Any
 ) -> None:
-    """Show which experts a prompt gets, and the documents nearest to it; needs no base model.
+    """Show which experts a prompt gets, and the documents nearest to it; needs no base model but with --explain.
 
     [dim]Examples:[/dim]
         [cyan]$[/cyan] localmoe route notes-bank "The harbour at dawn"
-        [cyan]$[/cyan] localmoe route notes-bank --file prompt.txt --active 1
         [cyan]$[/cyan] git diff | localmoe route code-bank - --json
+        [cyan]$[/cyan] localmoe route notes-bank "At dawn" --explain
     """
     from localmoe.runtime.router import open_router
-    from localmoe.terminal import mixes, screen
+    from localmoe.terminal import explanations, mixes, screen
 
     text = prompt_text(prompt, prompt_file)
-    router = open_router(bank, encoder, route_changes(changes))
+    engine = _engine(bank, options) if explain else None
+    router = open_router(bank, options["encoder"], route_changes(options)) if engine is None else engine.router
     mix, near = router.route(text), router.nearest(text)
     data = mixes.route_data(router.bank, mix, near, router.config)
+    if engine is not None:
+        data["execution"] = explanations.explain_data(engine, text, generate_config(options))
     if as_json:
         screen.print_json(data)
     else:
         mixes.show_route(screen.results(), data, router.bank, mix)
+        if explain:
+            explanations.show_explanation(screen.results(), data["execution"])
 
 
 @main.command(panel="Use a bank")

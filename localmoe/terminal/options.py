@@ -323,7 +323,7 @@ def route_changes(options: dict[str, Any]) -> dict[str, Any]:
 def generate_config(options: dict[str, Any]) -> GenerateConfig:
     """The fields of GenerateConfig that were given; raises ConfigError for a value out of range."""
     names = [field.name for field in dataclasses.fields(GenerateConfig)]
-    return checked(GenerateConfig, {name: options[name] for name in names if options[name] is not None})
+    return checked(GenerateConfig, {name: options[name] for name in names if options.get(name) is not None})
 
 
 def lm_eval_config(options: dict[str, Any]) -> LmEvalConfig:

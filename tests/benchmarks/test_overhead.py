@@ -5,6 +5,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from batch import _row
 from bench import in_turn, ratio, stages
 from machine import limits
 from material import BETA, TAU, centroids, mixed_queries, routing
@@ -48,6 +49,18 @@ def test_what_is_added_is_the_median_over_rounds_of_the_difference_in_a_round() 
     assert medians["localmoe"]["first_token"] == 2.5
     assert medians["ttmerge"]["added_first_token"] == 7.0
     assert ratio(medians) == 7.0
+
+
+def test_what_we_add_is_over_the_faster_base_of_each_round() -> None:
+    rounds = {
+        "base": [times(t).data() for t in (1.0, 5.0, 2.0)],
+        "base by our engine": [times(t).data() for t in (2.0, 1.0, 1.5)],
+        "localmoe": [times(t).data() for t in (3.0, 4.0, 3.0)],
+        "ttmerge": [times(t).data() for t in (3.0, 7.0, 4.0)],
+    }
+    medians = stages(rounds)
+    assert medians["localmoe"]["added_first_token"] == 2.0
+    assert medians["ttmerge"]["added_first_token"] == 2.0
 
 
 def test_there_is_no_ratio_to_nothing() -> None:
@@ -97,3 +110,10 @@ def test_the_line_of_a_side_is_its_first_token_and_the_pace_of_the_nearest_answe
         "answers": {"N=3 r=16 32 tokens": part(1.0, 32.0), "N=3 r=64 32 tokens": part(9.0, 999.0)},
     }
     assert against_experts(report, 16, 11)["localmoe"] == [(3, 11.0), (30, 12.0)]
+
+
+def test_ratios_of_a_batch_are_medians_of_rounds() -> None:
+    row = _row({"base": [1.0, 2.0, 3.0], "localmoe": [2.0, 2.0, 4.0]}, 8, [5, 7, 9], [])
+    assert row["tokens_per_second"] == {"base": 4.0, "localmoe": 4.0}
+    assert row["ratios"] == {"localmoe / base": 0.75}
+    assert row["distinct_experts"] == 7

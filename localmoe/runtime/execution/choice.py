@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,15 +44,20 @@ class Choice:
     decode: Way
 
 
+Planner = Callable[[Work], Choice]
+"""Chooses for work on one mix, over a base that can be merged into."""
+
 PREFILL_TOKENS = 600
 """From this prompt length on, one merge costs less than factors beside every token of it."""
 DECODE_TOKENS = 12
 """From this answer length on, one merge costs less than factors beside every new token."""
 
 
-def choose(work: Work, execution: str) -> Choice:
+def choose(work: Work, execution: str, planner: Planner | None = None) -> Choice:
     """How to execute `work`; `execution` other than "auto" is what the caller insists on.
 
+    planner: chooses where there is a choice, by what this machine was measured to take; without one the two lengths
+    above decide.
     Raises UsageError for a way that cannot do it: dense for several mixes or for weights that cannot be merged into.
     """
     if execution != "auto":
@@ -60,6 +66,8 @@ def choose(work: Work, execution: str) -> Choice:
         return Choice("grouped", "grouped")
     if not work.plain:
         return Choice("stacked", "stacked")
+    if planner is not None:
+        return planner(work)
     if work.held or work.prompt_tokens >= PREFILL_TOKENS:
         return Choice("dense", "dense")
     return Choice("stacked", "dense" if work.new_tokens > DECODE_TOKENS else "stacked")

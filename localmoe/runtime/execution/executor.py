@@ -23,7 +23,7 @@ from localmoe.merging import merge_adapters
 from localmoe.routing import Mix
 from localmoe.runtime.execution.beside import Beside
 from localmoe.runtime.execution.cache import ExpertCache, quarter_of_memory
-from localmoe.runtime.execution.choice import Choice, Way, Work, choose
+from localmoe.runtime.execution.choice import Choice, Planner, Way, Work, choose
 from localmoe.runtime.execution.dense import DenseBuffer, is_plain
 from localmoe.runtime.execution.layout import Layout, layout
 from localmoe.runtime.execution.packed import PackedExpert, SharedFactors, moved, pack, shared_factors
@@ -60,6 +60,8 @@ class Executor:
         self.bank = bank
         self.config = config
         self.host = ExpertCache(quarter_of_memory() if config.host_bytes is None else config.host_bytes)
+        self.planner: Planner | None = None
+        """What chooses with execution "auto"; None = fixed lengths of prompt and answer do."""
         self._device: ExpertCache | None = None
 
     @cached_property
@@ -129,7 +131,7 @@ class Executor:
         """The ways to execute it, as the configuration and `choose` have it."""
         if loaded.deltas is not None or loaded.empty:
             return Choice("dense", "dense")
-        return choose(self.work(loaded, rows, prompt_tokens, new_tokens), self.config.execution)
+        return choose(self.work(loaded, rows, prompt_tokens, new_tokens), self.config.execution, self.planner)
 
     @contextmanager
     def running(self, loaded: Loaded, choice: Choice) -> Iterator[Running]:

@@ -1,0 +1,62 @@
+"""Explanation: the ways to execute a prompt's mix; what each was predicted to cost, and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from localmoe.config import GenerateConfig
+from localmoe.runtime.calibration import planner
+from localmoe.runtime.engine import Engine
+from localmoe.runtime.execution.choice import Choice, Work
+from localmoe.runtime.planner import predict
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One choice: predicted and measured seconds, from routed prompt to last token, for as many tokens as came."""
+
+    choice: Choice
+    predicted: float
+    measured: float
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The work, what was chosen for it, and the cost of every choice, in the order in which they were tried."""
+
+    work: Work
+    chosen: Choice
+    costs: tuple[Cost, ...]
+
+
+def explain(engine: Engine, prompt: str, config: GenerateConfig) -> Explanation:
+    """Answers the prompt once by every choice there is, nothing kept between them; calibrates anew.
+
+    The experts are brought into memory first, by an answer of one token that does not count. Raises PromptError as
+    `Engine.generate` does.
+    """
+    executor = engine.executor
+    plans, before = planner(executor, anew=True), executor.planner
+    mix = engine.route(prompt)
+    first = engine.start(prompt, replace(config, max_new_tokens=1), mix)
+    tokens = first.answer("".join(first)).prompt_tokens
+    loaded = executor.load([mix])
+    work = replace(executor.work(loaded, 1, tokens, config.max_new_tokens), held=False)
+    plan, costs = plans.plan(work), []
+    try:
+        for choice in plan.predicted:
+            executor.dense.held = executor.beside.held = None
+            executor.planner = partial(_always, choice)
+            pieces = engine.start(prompt, config, mix)
+            answer = pieces.answer("".join(pieces))
+            predicted = predict(plans.calibration, replace(work, new_tokens=answer.new_tokens), choice)
+            costs.append(Cost(choice, predicted, answer.seconds.total, answer.new_tokens))
+    finally:
+        executor.planner = before
+    return Explanation(work, plan.choice, tuple(costs))
+
+
+def _always(choice: Choice, _work: Work) -> Choice:
+    return choice

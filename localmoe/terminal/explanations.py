@@ -1,0 +1,59 @@
+"""Explanations: the ways to execute a prompt's mix with their predicted and measured cost, as a table and as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from localmoe.quantities import duration_text
+from localmoe.terminal.screen import table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from localmoe.config import GenerateConfig
+    from localmoe.runtime.engine import Engine
+    from localmoe.runtime.execution.choice import Choice
+    from localmoe.runtime.explanation import Explanation
+
+
+def explain_data(engine: Engine, prompt: str, config: GenerateConfig) -> dict[str, Any]:
+    """Explains one prompt, as plain data."""
+    from localmoe.runtime.explanation import explain
+
+    return explanation_data(explain(engine, prompt, config))
+
+
+def explanation_data(explanation: Explanation) -> dict[str, Any]:
+    """An explanation as plain data; seconds from the routed prompt to the last token."""
+    return {
+        "prompt_tokens": explanation.work.prompt_tokens,
+        "experts": explanation.work.experts,
+        "rank": explanation.work.rank,
+        "chosen": _data(explanation.chosen),
+        "costs": [
+            {
+                **_data(cost.choice),
+                "predicted": cost.predicted,
+                "measured": cost.measured,
+                "new_tokens": cost.new_tokens,
+            }
+            for cost in explanation.costs
+        ],
+    }
+
+
+def show_explanation(console: Console, data: dict[str, Any]) -> None:
+    """One row for every choice; the chosen one is marked."""
+    rows = table("prompt", "answer", "new tokens", "predicted", "measured", "", right=("new tokens",))
+    for cost in data["costs"]:
+        chosen = all(cost[part] == data["chosen"][part] for part in ("prefill", "decode"))
+        times = duration_text(cost["predicted"]), duration_text(cost["measured"])
+        rows.add_row(cost["prefill"], cost["decode"], str(cost["new_tokens"]), *times, "chosen" if chosen else "")
+    console.print()
+    console.print(rows)
+    work = f"{data['prompt_tokens']:,} tokens in the prompt, {data['experts']} experts of {data['rank']:g} ranks in all"
+    console.print(work, style="dim")
+
+
+def _data(choice: Choice) -> dict[str, str]:
+    return {"prefill": choice.prefill, "decode": choice.decode}

@@ -1,0 +1,32 @@
+"""Calibration of a tiny base: it covers every phase, leaves the model as it was, and is made once."""
+
+from typing import Any
+
+import pytest
+import tiny
+
+from localmoe import open as open_bank
+from localmoe.runtime import calibration
+from localmoe.runtime.planner import PHASES
+
+
+@pytest.fixture(scope="module")
+def executor(tiny_bank: Any, tiny_base: Any, tiny_encoder: Any) -> Any:
+    return open_bank(tiny_bank, str(tiny_base), str(tiny_encoder)).executor
+
+
+def test_every_phase_is_measured_and_the_base_is_left_alone(executor: Any) -> None:
+    before = tiny.checksum(executor.model)
+    forwards = [target.module.__dict__.get("forward") for target in executor.layout.targets]
+    points = list(calibration.measure(executor))
+    assert {point.phase for point in points} == set(PHASES)
+    assert all(point.seconds > 0 for point in points)
+    assert tiny.checksum(executor.model) == before
+    assert [target.module.__dict__.get("forward") for target in executor.layout.targets] == forwards
+    assert executor.dense.held is None
+
+
+def test_a_machine_is_calibrated_once(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = calibration.planner(executor)
+    monkeypatch.setattr(calibration, "measure", lambda _: pytest.fail("measured again"))
+    assert calibration.planner(executor) == made
