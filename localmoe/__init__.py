@@ -9,10 +9,11 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "Answer": "localmoe.runtime.engine",
+    "Answer": "localmoe.runtime.answers",
     "Bank": "localmoe.bank.store",
     "BuildConfig": "localmoe.config",
     "Engine": "localmoe.runtime.engine",
+    "ExecutionConfig": "localmoe.config",
     "GenerateConfig": "localmoe.config",
     "LocalMoEError": "localmoe.errors",
     "LowRank": "localmoe.lora",

@@ -16,6 +16,8 @@ from localmoe.terminal.options import (
     draw_options,
     eval_config,
     eval_options,
+    execution_config,
+    execution_options,
     generate_config,
     generation_option,
     knob,
@@ -171,6 +173,7 @@ def route(
 @click.argument("bank", type=PATH)
 @prompt_options
 @draw_options
+@execution_options
 @routing_options
 @model_options
 @click.option("--show-mix", is_flag=True, help="Show the mix before and the times after, on stderr.")
@@ -195,9 +198,11 @@ def generate(
 @main.command(panel="Use a bank")
 @click.argument("bank", type=PATH)
 @draw_options
+@execution_options
 @routing_options
 @model_options
-def chat(bank: Path, **options: Any) -> None:
+@click.option("--sticky", is_flag=True, help="Keep the first message's mix: later answers begin sooner.")
+def chat(bank: Path, sticky: bool, **options: Any) -> None:
     """Talk with a bank whose base model is instruction-tuned; every message gets a mix of its own.
 
     [dim]Examples:[/dim]
@@ -208,7 +213,7 @@ def chat(bank: Path, **options: Any) -> None:
     from localmoe.terminal.chat import chat as talk
 
     config = generate_config(options)
-    talk(_engine(bank, options), config)
+    talk(_engine(bank, options), config, sticky)
 
 
 @main.command("eval", panel="Look at a bank", epilog=keys_epilog(EvalConfig))
@@ -346,4 +351,5 @@ def _engine(bank: Path, options: dict[str, Any]) -> Any:
         options["device_map"],
         options["base_variant"],
         options["trust_remote_code"],
+        execution_config(options),
     )

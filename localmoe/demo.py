@@ -14,7 +14,8 @@ from localmoe.config import BuildConfig, ClusterConfig, CorpusConfig, GenerateCo
 from localmoe.errors import CorpusError
 from localmoe.evaluate.protocol import held_out, score_alone, score_merged
 from localmoe.evaluate.statistics import Comparison, compare, perplexity
-from localmoe.runtime.engine import Answer, Engine, base_mix
+from localmoe.runtime.answers import Answer
+from localmoe.runtime.engine import Engine, base_mix
 
 SAMPLE_TOKENS = 22_000
 """Tokens trained on, twice: once by the trunk, once by the experts."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +29,12 @@ from localmoe.models import (
 )
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import Mix
+from localmoe.runtime.answers import Answer, Seconds, Stream
 from localmoe.runtime.batch import generate_rows
-from localmoe.runtime.execution import Choice, Executor, Loaded, Running, Way, rounded
-from localmoe.runtime.generation import prompt_tokens, stream
+from localmoe.runtime.execution import Executor, Loaded, Way, rounded
+from localmoe.runtime.generation import Memory, prompt_tokens
 from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_encoder, route_config
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Where the time of an answer went; `merge` may lie after the first token, where that is faster."""
-
-    embed: float
-    select: float
-    load: float
-    merge: float
-    first_token: float
-    total: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated text, the mix that wrote it, and its cost."""
-
-    text: str
-    mix: Mix
-    base_variant: bool
-    """Whether the base has other weights than the bank was built for."""
-    prompt_tokens: int
-    new_tokens: int
-    seconds: Seconds
-    choice: Choice | None = None
-    """How the mix was executed: for the prompt, and for the tokens after it."""
+from localmoe.runtime.session import Session
 
 
 class Engine:
@@ -139,7 +113,7 @@ class Engine:
             mixes = [self._select(vector) for vector in vectors]
             selected = time.perf_counter()
         arrived = 0.0
-        with self._turn():
+        with self.turn():
             waited = time.perf_counter()
             loaded = self.executor.load(mixes)
             load = time.perf_counter() - waited
@@ -169,20 +143,32 @@ class Engine:
             for new, mix, prompt in zip(rows, mixes, ids, strict=True)
         ]
 
-    def start(self, prompt: str | Conversation, config: GenerateConfig, mix: Mix | None = None) -> Stream:
+    def start(
+        self, prompt: str | Conversation, config: GenerateConfig, mix: Mix | None = None, memory: Memory | None = None
+    ) -> Stream:
         """Route and check the prompt at once; the iterator that is returned merges and generates.
 
-        `mix`: use this one instead of routing (an empty one is the base model).
+        mix: use this one instead of routing (an empty one is the base model). memory: keys and values of earlier turns
+        (see `session`).
         """
         begun = time.perf_counter()
         ids = prompt_tokens(self.tokenizer, self.model, prompt)
         if mix is not None:
-            return Stream(self, ids, config, mix, begun, 0.0, 0.0)
+            return Stream(self, ids, config, mix, begun, 0.0, 0.0, memory)
         started = time.perf_counter()
         vector = self.router.embed(prompt)
         embedded = time.perf_counter()
         chosen = self._select(vector)
-        return Stream(self, ids, config, chosen, begun, embedded - started, time.perf_counter() - embedded)
+        selected = time.perf_counter()
+        return Stream(self, ids, config, chosen, begun, embedded - started, selected - embedded, memory)
+
+    def session(self, config: GenerateConfig = GenerateConfig(), sticky: bool = False) -> Session:  # noqa: B008
+        """A conversation of several turns. sticky: the first message chooses the mix for all of them.
+
+        With one mix the keys and values of earlier turns are kept, and a turn computes its own tokens alone; where the
+        mix changes they are of no use, and the whole conversation is read again.
+        """
+        return Session(self, config, sticky)
 
     def score(self, prefix: str, suffix: str, mix: Mix | None = None) -> float:
         """Mean negative log-likelihood (nats a token) of `suffix` after `prefix`; the prefix alone chooses the mix."""
@@ -214,7 +200,7 @@ class Engine:
         that scores do not depend on a choice. Weights are never rounded here. One thread at a time; the base weights
         are never written. Raises BankError for a mix of another bank, UsageError where this thread has the model.
         """
-        with self._turn():
+        with self.turn():
             started = time.perf_counter()
             loaded = self.executor.load([mix])
             ready = time.perf_counter()
@@ -239,7 +225,8 @@ class Engine:
         return asked
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def turn(self) -> Iterator[None]:
+        """The model for this thread alone; raises UsageError where this thread has it already."""
         if self._holder == threading.get_ident():
             raise UsageError(
                 "this thread has an answer half read, and the engine has one model to merge",
@@ -251,51 +238,6 @@ class Engine:
                 yield
             finally:
                 self._holder = None
-
-
-class Stream:
-    """One generation under way: iterate for the pieces of text, once; then `answer` knows mix, tokens and times."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        ids: torch.Tensor,
-        config: GenerateConfig,
-        mix: Mix,
-        begun: float,
-        embed: float,
-        select: float,
-    ) -> None:
-        self.mix = mix
-        self._engine, self._ids, self._config, self._begun = engine, ids, config, begun
-        self._seconds = Seconds(embed, select, 0.0, 0.0, 0.0, 0.0)
-        self._tokens = 0
-        self._running: Running | None = None
-        self.choice: Choice | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        engine, executor = self._engine, self._engine.executor
-        with engine._turn():
-            started = time.perf_counter()
-            loaded = executor.load([self.mix])
-            load = time.perf_counter() - started
-            self.choice = executor.choose(loaded, 1, self._ids.shape[1], self._config.max_new_tokens)
-            with executor.running(loaded, self.choice) as self._running:
-                yield from stream(engine.model, engine.tokenizer, self._ids, self._config, self._arrived)
-            merge = self._running.merge_seconds
-        self._seconds = replace(self._seconds, load=load, merge=merge, total=time.perf_counter() - self._begun)
-
-    def answer(self, text: str) -> Answer:
-        """The finished answer; `text` is the pieces together."""
-        engine, prompt_tokens = self._engine, self._ids.shape[1]
-        return Answer(text, self.mix, engine.base_variant, prompt_tokens, self._tokens, self._seconds, self.choice)
-
-    def _arrived(self) -> None:
-        self._tokens += 1
-        if self._tokens == 1:
-            self._seconds = replace(self._seconds, first_token=time.perf_counter() - self._begun)
-            if self._running is not None:
-                self._running.decode()
 
 
 def open_engine(

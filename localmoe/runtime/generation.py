@@ -10,7 +10,7 @@ import torch
 
 from localmoe.config import GenerateConfig
 from localmoe.errors import PromptError
-from localmoe.models import context_length, text_streamer
+from localmoe.models import context_length, key_value_cache, text_streamer
 
 
 def prompt_tokens(tokenizer: Any, model: Any, prompt: str | Sequence[dict[str, str]]) -> torch.Tensor:
@@ -38,14 +38,53 @@ def prompt_tokens(tokenizer: Any, model: Any, prompt: str | Sequence[dict[str, s
     return tokens
 
 
+class Memory:
+    """Keys and values that a generation left, with the tokens and the mix they belong to."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+        self._mix: str | None = None
+        self._ids: torch.Tensor | None = None
+
+    def open(self, model: Any, mix: str, ids: torch.Tensor) -> int:
+        """How many first tokens of `ids` [1, n] are known under this mix; whatever is held beyond them is dropped."""
+        held = 0 if self._ids is None or mix != self._mix else self._ids.shape[1]
+        known = _common(self._ids[0], ids[0, :-1]) if held and self._ids is not None else 0
+        self._mix, self._ids = mix, None  # until a generation has ended well
+        try:
+            if known:
+                if known < held:
+                    self.cache.crop(known - held)
+                return known
+        except ValueError:  # a sliding window that has moved on cannot be taken back
+            pass
+        self.cache = key_value_cache(model)
+        return 0
+
+    def close(self, ids: torch.Tensor) -> None:
+        """Notes the tokens [1, n] of which keys and values were left; the last one drawn was never read."""
+        self._ids = ids[:, : self.cache.get_seq_length()].clone()
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self.cache = self._mix = self._ids = None
+
+
+def _common(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Length of the longest common beginning."""
+    length = min(len(a), len(b))
+    return int((a[:length] == b[:length]).long().cumprod(0).sum())
+
+
 def stream(
     model: Any,
     tokenizer: Any,
     ids: torch.Tensor,
     config: GenerateConfig,
     arrived: Callable[[], None] | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[str]:
-    """Pieces of text as they are generated; `arrived` is called at every token.
+    """Pieces of text as they are generated; `arrived` is called at every token. `memory` has to be open.
 
     Closing the iterator stops the generation at its next token. Errors of the generating thread are raised here.
     """
@@ -55,7 +94,7 @@ def stream(
 
     def work() -> None:
         try:
-            _generate(model, ids, config, streamer, stop, arrived)
+            _generate(model, ids, config, streamer, stop, arrived, memory)
         except BaseException as error:  # handed to the thread that reads
             failure.append(error)
         finally:
@@ -80,6 +119,7 @@ def _generate(
     streamer: Any,
     stop: threading.Event,
     arrived: Callable[[], None] | None,
+    memory: Memory | None,
 ) -> None:
     def stopped(_ids: torch.Tensor, _scores: Any) -> torch.Tensor:
         if arrived is not None:
@@ -88,7 +128,8 @@ def _generate(
 
     if config.temperature > 0:
         torch.manual_seed(config.seed)
-    model.generate(
+    kept = {} if memory is None else {"past_key_values": memory.cache}
+    made = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=min(config.max_new_tokens, context_length(model) - ids.shape[1]),
@@ -96,7 +137,10 @@ def _generate(
         stopping_criteria=[stopped],
         pad_token_id=_end_token(model),
         **sampling(config),
+        **kept,
     )
+    if memory is not None:
+        memory.close(made)
 
 
 def sampling(config: GenerateConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from localmoe.config import GenerateConfig
@@ -14,21 +13,16 @@ from localmoe.terminal.mixes import show_fallback, show_mix
 from localmoe.terminal.screen import remarks, show_error, write_text
 
 if TYPE_CHECKING:
-    from localmoe.routing import Mix
     from localmoe.runtime.engine import Engine
+    from localmoe.runtime.session import Session
 
 COMMANDS = "/reset forgets the conversation, /mix shows the last mix, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-@dataclass
-class _Conversation:
-    turns: list[dict[str, str]] = field(default_factory=list)
-    mix: Mix | None = None
-
-
-def chat(engine: Engine, config: GenerateConfig) -> None:
+def chat(engine: Engine, config: GenerateConfig, sticky: bool = False) -> None:
     """Read messages from stdin until it ends or `/quit`; answers go to stdout, everything else to stderr.
 
+    sticky: the first message's mix answers all of them, until `/reset`.
     A message that does not fit is taken back and said, and the chat goes on. Raises PromptError at once if the base
     model has no chat template.
     """
@@ -36,14 +30,14 @@ def chat(engine: Engine, config: GenerateConfig) -> None:
         raise PromptError("the base model has no chat template", "use it without: localmoe generate BANK PROMPT")
     if sys.stdin.isatty():
         remarks().print(COMMANDS, style="dim")
-    conversation = _Conversation()
+    session = engine.session(config, sticky)
     for line in _messages():
         if line in ("/quit", "/exit"):
             return
         if line.startswith("/"):
-            _command(engine, conversation, line)
+            _command(engine, session, line)
         elif line:
-            _reply(engine, conversation, line, config)
+            _reply(session, line)
 
 
 def _messages() -> Iterator[str]:
@@ -67,27 +61,24 @@ def _messages() -> Iterator[str]:
             remarks().print("\n(/quit or Ctrl-D leaves)", style="dim")
 
 
-def _command(engine: Engine, conversation: _Conversation, line: str) -> None:
+def _command(engine: Engine, session: Session, line: str) -> None:
     if line == "/reset":
-        conversation.turns.clear()
+        session.reset()
         remarks().print("a new conversation", style="dim")
-    elif line == "/mix" and conversation.mix is None:
+    elif line == "/mix" and session.mix is None:
         remarks().print("no answer yet", style="dim")
-    elif line == "/mix" and conversation.mix is not None:
-        show_mix(remarks(), engine.bank, conversation.mix)
+    elif line == "/mix" and session.mix is not None:
+        show_mix(remarks(), engine.bank, session.mix)
     else:
         remarks().print(f"no command {line!r}: {COMMANDS}", style="dim", markup=False)
 
 
-def _reply(engine: Engine, conversation: _Conversation, message: str, config: GenerateConfig) -> None:
-    conversation.turns.append({"role": "user", "content": message})
+def _reply(session: Session, message: str) -> None:
     try:
-        stream = engine.start(conversation.turns, config)
+        stream = session.begin(message)
     except PromptError as error:
-        conversation.turns.pop()
         show_error(PromptError(error.what, "/reset starts anew, or write a shorter message"))
         return
-    conversation.mix = stream.mix
     show_fallback(remarks(), stream.mix)
     said: list[str] = []
     try:
@@ -97,4 +88,4 @@ def _reply(engine: Engine, conversation: _Conversation, message: str, config: Ge
     except KeyboardInterrupt:
         remarks().print(" (stopped)", style="dim")
     write_text("\n")
-    conversation.turns.append({"role": "assistant", "content": "".join(said)})
+    session.end(message, stream, "".join(said))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from localmoe.bank.store import Bank
     from localmoe.config import RouteConfig
     from localmoe.routing import Mix
-    from localmoe.runtime.engine import Answer
+    from localmoe.runtime.answers import Answer
     from localmoe.runtime.router import Neighbour
 
 
@@ -51,6 +51,7 @@ def answer_data(bank: Bank, answer: Answer) -> dict[str, Any]:
         "base_variant": answer.base_variant,
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
+        "execution": None if answer.choice is None else dataclasses.asdict(answer.choice),
         "seconds": dataclasses.asdict(answer.seconds),
     }
 

@@ -13,6 +13,7 @@ import rich_click as click
 from localmoe.config import (
     BuildConfig,
     EvalConfig,
+    ExecutionConfig,
     GenerateConfig,
     LmEvalConfig,
     RouteConfig,
@@ -183,6 +184,41 @@ def draw_options(function: F) -> F:
             generation_option("--seed", "seed", "The same seed draws the same tokens.", type=int),
         ],
     )
+
+
+def execution_options(function: F) -> F:
+    """The everyday fields of ExecutionConfig."""
+    panel = "How to run a mix"
+    return _apply(
+        function,
+        [
+            _shown(
+                "--execution",
+                "execution",
+                default_of(ExecutionConfig, "execution"),
+                "Merge (dense), or leave factors beside the weights (stacked; grouped: a mix a row).",
+                "",
+                panel=panel,
+                type=click.Choice(["auto", "dense", "stacked", "grouped"]),
+            ),
+            click.option(
+                "--expert-memory",
+                "host_bytes",
+                type=float,
+                metavar="GB",
+                panel=panel,
+                help="Experts kept in memory at most. [dim]\\[default: a quarter of the machine's][/dim]",
+            ),
+        ],
+    )
+
+
+def execution_config(options: dict[str, Any]) -> ExecutionConfig:
+    """The fields of ExecutionConfig that were given; raises ConfigError for a value out of range."""
+    given = {name: options.get(name) for name in ("execution", "host_bytes")}
+    if given["host_bytes"] is not None:
+        given["host_bytes"] = int(given["host_bytes"] * 1e9)
+    return checked(ExecutionConfig, {name: value for name, value in given.items() if value is not None})
 
 
 def eval_options(function: F) -> F:

@@ -12,7 +12,8 @@ from localmoe.errors import UsageError
 from localmoe.evaluate.figures.figure import Figure, Row, figures
 from localmoe.evaluate.figures.material import Material
 from localmoe.routing import Mix, similarities
-from localmoe.runtime.engine import Engine, Stream, base_mix
+from localmoe.runtime.answers import Stream
+from localmoe.runtime.engine import Engine, base_mix
 
 _NEAREST = 3
 

@@ -1,0 +1,67 @@
+"""Sessions: earlier turns are read once under one mix, again under another, and the answers are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+import localmoe
+from localmoe.config import GenerateConfig
+from localmoe.errors import PromptError
+from localmoe.runtime.engine import Engine
+
+SHORT = GenerateConfig(max_new_tokens=6)
+MESSAGES = [tiny.sentence("sea", 1, 4), tiny.sentence("kitchen", 2, 4), tiny.sentence("sea", 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bank: Path, tiny_base: Path, tiny_encoder: Path) -> Engine:
+    return localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder))
+
+
+@pytest.mark.parametrize("sticky", [True, False])
+def test_a_session_answers_as_the_whole_conversation_read_anew(engine: Engine, sticky: bool) -> None:
+    session = engine.session(SHORT, sticky)
+    turns: list[dict[str, str]] = []
+    mixes = []
+    for message in MESSAGES:
+        said = "".join(session.say(message))
+        turns.append({"role": "user", "content": message})
+        mix = mixes[0] if sticky and mixes else engine.route(turns)
+        mixes.append(mix)
+        alone = engine.start(turns, SHORT, mix)
+        assert said == "".join(alone)
+        assert session.mix == mix
+        turns.append({"role": "assistant", "content": said})
+    assert session.turns == turns
+    assert (len(set(mixes)) == 1) is sticky  # the topics' mixes differ, so a session that routes anew changes it
+
+
+def test_under_one_mix_earlier_turns_are_not_read_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    forward = engine.model.forward
+
+    def watched(*arguments: object, **named: object) -> object:
+        ids = named.get("input_ids")
+        read.append(ids.shape[1])  # type: ignore[union-attr]
+        return forward(*arguments, **named)
+
+    session = engine.session(SHORT, sticky=True)
+    "".join(session.say(MESSAGES[0]))
+    monkeypatch.setattr(engine.model, "forward", watched)
+    "".join(session.say(MESSAGES[1]))
+    whole = len(engine.tokenizer.apply_chat_template(session.turns[:3], add_generation_prompt=True)["input_ids"])
+    assert 0 < max(read) < whole
+
+
+def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(engine: Engine) -> None:
+    session = engine.session(SHORT, sticky=True)
+    "".join(session.say(MESSAGES[0]))
+    before = list(session.turns)
+    with pytest.raises(PromptError):
+        session.begin(tiny.sentence("law", 1, 200))
+    assert session.turns == before
+    session.reset()
+    assert session.turns == [] and session.mix is None
