@@ -19,10 +19,11 @@ measure() { # name, corpus, prefix, length, settings of the build ... -- setting
     "$bin/localmoe" eval "$work/$name-bank" -o "results/$name" --prefix "$prefix" --length "$length" "$@"
 }
 
-small=(--base "$work/laboratory/model" --clusters 16 --min-tokens 4000 --rank 4 --set train.alpha=4 --learning-rate 3e-3
+small=(--base "$work/laboratory/model" --encoder static --clusters 12 --min-tokens 4000 --rank 4 --set train.alpha=4
     --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set train.threads=1)
-methods=base,trunk,merged,merged-1,fine-tuned,merged-10,uniform,null,ensemble,ttt-trunk
-ttt=(--set ttt.documents=40 --set ttt.neighbours=30 --set ttt.rate=3e-3)
+methods=base,trunk,merged,fine-tuned,merged-1,uniform,null,ensemble,ttt-trunk,merged-10
+tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --methods $methods
+    --set ttt.documents=40 --set ttt.neighbours=30 --set ttt.rate=3e-3)
 [ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
 
 for part in $parts; do
@@ -32,13 +33,13 @@ for part in $parts; do
     mixed)
         [ -f "$work/mixed.jsonl" ] || "$bin/python" experiments/mixed_corpus.py "$work/mixed.jsonl" \
             "$work/laboratory/corpus.jsonl:text" "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
-        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 500000 -- --documents 400 --methods $methods "${ttt[@]}" ;;
+        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --learning-rate 1.2e-2 -- "${tuned[@]}" ;;
     wikipedia-laboratory)
-        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --sample-tokens 700000 -- \
-            --documents 400 --methods $methods "${ttt[@]}" ;;
+        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --sample-tokens 400000 \
+            --learning-rate 6e-3 -- "${tuned[@]}" ;;
     python-laboratory)
-        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 500000 -- \
-            --documents 400 --methods $methods "${ttt[@]}" ;;
+        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 400000 --learning-rate 1.2e-2 -- \
+            "${tuned[@]}" ;;
     python)
         measure python "$work/python.jsonl" 100 384 --base $base --sample-tokens 50000 --clusters 8 --min-tokens 2500 \
             --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.6 --learning-rate 4e-3 --set train.threads=1 -- \
