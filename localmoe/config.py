@@ -79,7 +79,7 @@ class TrainConfig:
     """Rank r of every update."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """Updates are scaled by alpha / rank."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
     expert_rate: Annotated[float, Field(gt=0)] = 1.0
     """Rate at which experts go on from the trunk, as a multiple of `learning_rate`; the trunk falls no further."""
