@@ -115,7 +115,8 @@ class Ours:
         pieces = self.engine.start(text, GenerateConfig(max_new_tokens=new_tokens), mix)
         answer = pieces.answer("".join(pieces))
         total = time.perf_counter() - begun
-        self.last = pieces.choice
+        if pieces.mix.experts:
+            self.last = pieces.choice
         if answer.new_tokens != new_tokens:
             raise RuntimeError(f"{answer.new_tokens} tokens were generated, not {new_tokens}")
         spent = answer.seconds
