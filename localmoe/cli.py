@@ -352,4 +352,5 @@ def _engine(bank: Path, options: dict[str, Any]) -> Any:
         options["base_variant"],
         options["trust_remote_code"],
         execution_config(options),
+        options["quantised"],
     )

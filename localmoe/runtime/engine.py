@@ -28,6 +28,7 @@ from localmoe.models import (
     remember,
 )
 from localmoe.packing import Passage, token_nll
+from localmoe.quantisation import quantise
 from localmoe.routing import Mix
 from localmoe.runtime.answers import Answer, Seconds, Stream
 from localmoe.runtime.batch import generate_rows
@@ -249,14 +250,16 @@ def open_engine(
     base_variant: bool = False,
     trust_remote_code: bool = False,
     execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008
+    quantised: str | None = None,
 ) -> Engine:
     """Open a bank with its base model and encoder, ready to answer.
 
     base, encoder: where they are, if not where the bank (or this machine's memory of it) says. config: how to route,
     if not as the bank says; without a β it is the bank's, or found anew where `active` is not what its build asked for.
     base_variant: allow other weights than the bank was built for (every answer says so). execution: how mixes run,
-    and what stays in memory. Raises BankError for a base of
-    another architecture, other weights, or another encoder; ConfigError if β cannot be found.
+    and what stays in memory. quantised: round the base to "int8", once it is known to be the bank's; then it is a
+    variant too. Raises BankError for a base of another architecture, other weights, or another encoder; ConfigError if
+    β cannot be found; UsageError where a base cannot be quantised.
     """
     opened = Bank.open(Path(bank))
     manifest, routing = opened.manifest, _routing(opened, config)
@@ -270,13 +273,15 @@ def open_engine(
         remember(where, mark)
     tokenizer = load_tokenizer(where, manifest.base.revision, trust_remote_code)
     sentence = open_encoder(opened, encoder, (model, tokenizer))
+    if quantised is not None:
+        quantise(model, quantised)
     return Engine(
         opened,
         model,
         tokenizer,
         sentence,
         routing,
-        base_variant=found != mark,
+        base_variant=found != mark or quantised is not None,
         execution=execution,
     )
 

@@ -160,6 +160,12 @@ def model_options(function: F) -> F:
             click.option(
                 "--base-variant", is_flag=True, panel=panel, help="Allow a base with other weights than the bank's."
             ),
+            click.option(
+                "--quantised",
+                type=click.Choice(["int8"]),
+                panel=panel,
+                help="Round the base's weights: less memory, other answers (extra: quantised).",
+            ),
             click.option("--device-map", metavar="MAP", panel=panel, help="Spread the base over devices, e.g. auto."),
             click.option(
                 "--trust-remote-code", is_flag=True, panel=panel, help="Run code that comes with the base model."
