@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -38,6 +39,10 @@ PACKAGED = {
 
 A folder that is called like an own name is given as ./name.
 """
+
+# transformers imports torchao where it is installed, which then reports every kernel made for other machines
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _PACKING_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
 from typing import Any
 
 from torch import nn
@@ -30,14 +28,7 @@ def quantise(model: Any, kind: str) -> None:
     other = [name for name, module in targets.items() if type(module) is not nn.Linear]
     if other:
         raise UsageError(f"{other[0]} is a {type(targets[other[0]]).__name__}, which torchao does not quantise")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it reports every kernel of other machines that it cannot load
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _module, name: name in targets)
-        finally:
-            logging.disable(before)
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _module, name: name in targets)
     model.requires_grad_(False)

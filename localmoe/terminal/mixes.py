@@ -98,5 +98,5 @@ def show_cost(console: Console, answer: Answer) -> None:
     spent = dataclasses.asdict(answer.seconds)
     times = ", ".join(f"{name.replace('_', ' ')} {duration_text(seconds)}" for name, seconds in spent.items())
     tokens = f"{answer.prompt_tokens:,} in the prompt, {answer.new_tokens:,} new"
-    variant = [("base", "other weights than the bank was built for (--base-variant)")] if answer.base_variant else []
+    variant = [("base", "other weights than the bank was built for")] if answer.base_variant else []
     console.print(facts([*variant, ("tokens", tokens), ("time", times)]))
