@@ -363,10 +363,24 @@ def _siblings(path: Path) -> list[str]:
 
 
 def text_streamer(tokenizer: Any) -> Any:
-    """Transformers' iterator over generated text: whole words as they are finished, without the prompt."""
-    from transformers import TextIteratorStreamer
+    """Transformers' streamer of text: `put` tokens, and take out `pieces`, whole words as they are finished."""
+    from transformers import TextStreamer
 
-    return TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    class Pieces(TextStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_special_tokens=True)
+            self.finished: list[str] = []
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.finished.append(text)
+
+        def pieces(self) -> list[str]:
+            """The text that was finished since the last time."""
+            found = [text for text in self.finished if text]
+            self.finished.clear()
+            return found
+
+    return Pieces()
 
 
 def key_value_cache(model: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from localmoe.config import GenerateConfig
 from localmoe.routing import Mix
-from localmoe.runtime.execution import Choice, Running
+from localmoe.runtime.execution import Choice
 from localmoe.runtime.generation import Memory, stream
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ class Stream:
         self._engine, self._ids, self._config, self._begun = engine, ids, config, begun
         self._seconds = Seconds(embed, select, 0.0, 0.0, 0.0, 0.0)
         self._tokens = 0
-        self._running: Running | None = None
         self.choice: Choice | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -76,9 +75,11 @@ class Stream:
             known = 0 if self._memory is None else self._memory.open(engine.model, executor.key(self.mix), self._ids)
             fresh = self._ids.shape[1] - known
             self.choice = executor.choose(loaded, 1, fresh, self._config.max_new_tokens)
-            with executor.running(loaded, self.choice) as self._running:
-                yield from stream(engine.model, engine.tokenizer, self._ids, self._config, self._arrived, self._memory)
-            merge = self._running.merge_seconds
+            with executor.running(loaded, self.choice) as running:
+                yield from stream(
+                    engine.model, engine.tokenizer, self._ids, self._config, self._arrived, self._memory, running.decode
+                )
+            merge = running.merge_seconds
         self._seconds = replace(self._seconds, load=load, merge=merge, total=time.perf_counter() - self._begun)
 
     def answer(self, text: str) -> Answer:
@@ -90,5 +91,3 @@ class Stream:
         self._tokens += 1
         if self._tokens == 1:
             self._seconds = replace(self._seconds, first_token=time.perf_counter() - self._begun)
-            if self._running is not None:
-                self._running.decode()

@@ -31,7 +31,7 @@ from localmoe.packing import Passage, token_nll
 from localmoe.quantisation import quantise
 from localmoe.routing import Mix
 from localmoe.runtime.answers import Answer, Seconds, Stream
-from localmoe.runtime.batch import generate_rows
+from localmoe.runtime.drawing import draw
 from localmoe.runtime.execution import Executor, Loaded, Way, rounded
 from localmoe.runtime.generation import Memory, prompt_tokens
 from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_encoder, route_config
@@ -113,24 +113,25 @@ class Engine:
             embedded = time.perf_counter()
             mixes = [self._select(vector) for vector in vectors]
             selected = time.perf_counter()
-        arrived = 0.0
+        rows: list[list[int]] = [[] for _ in ids]
+        first = 0.0
         with self.turn():
             waited = time.perf_counter()
             loaded = self.executor.load(mixes)
             load = time.perf_counter() - waited
             longest = max(prompt.shape[1] for prompt in ids)
             choice = self.executor.choose(loaded, len(ids), longest, config.max_new_tokens)
-
             with self.executor.running(loaded, choice) as running:
-
-                def first() -> None:
-                    nonlocal arrived
-                    arrived = time.perf_counter() - begun
-                    running.decode()
-
-                rows = generate_rows(self.model, ids, config, first, running.keep)
+                for step in draw(self.model, ids, config):
+                    for row, token in step.tokens.items():
+                        rows[row].append(token)
+                    if first == 0.0:
+                        first = time.perf_counter() - begun
+                    if step.going:
+                        running.decode()
+                        running.keep(step.going)
         total = time.perf_counter() - begun
-        seconds = Seconds(embedded - started, selected - embedded, load, running.merge_seconds, arrived, total)
+        seconds = Seconds(embedded - started, selected - embedded, load, running.merge_seconds, first, total)
         return [
             Answer(
                 self.tokenizer.decode(new, skip_special_tokens=True),

@@ -1,8 +1,7 @@
-"""Generation: tokens from a merged model, streamed as text, through transformers' own `generate`."""
+"""Generation: a prompt's tokens, the text that is drawn after them piece by piece, and what a conversation keeps."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from localmoe.config import GenerateConfig
 from localmoe.errors import PromptError
 from localmoe.models import context_length, key_value_cache, text_streamer
+from localmoe.runtime.drawing import draw
 
 
 def prompt_tokens(tokenizer: Any, model: Any, prompt: str | Sequence[dict[str, str]]) -> torch.Tensor:
@@ -43,23 +43,24 @@ class Memory:
 
     def __init__(self) -> None:
         self.cache: Any = None
+        self.known = 0
+        """First tokens of the prompt that it was opened for whose keys and values it holds."""
         self._mix: str | None = None
         self._ids: torch.Tensor | None = None
 
     def open(self, model: Any, mix: str, ids: torch.Tensor) -> int:
         """How many first tokens of `ids` [1, n] are known under this mix; whatever is held beyond them is dropped."""
         held = 0 if self._ids is None or mix != self._mix else self._ids.shape[1]
-        known = _common(self._ids[0], ids[0, :-1]) if held and self._ids is not None else 0
+        self.known = _common(self._ids[0], ids[0, :-1]) if held and self._ids is not None else 0
         self._mix, self._ids = mix, None  # until a generation has ended well
-        try:
-            if known:
-                if known < held:
-                    self.cache.crop(known - held)
-                return known
-        except ValueError:  # a sliding window that has moved on cannot be taken back
-            pass
-        self.cache = key_value_cache(model)
-        return 0
+        if 0 < self.known < held:
+            try:
+                self.cache.crop(self.known - held)
+            except (RuntimeError, ValueError):  # a sliding window that has moved on cannot be taken back
+                self.known = 0
+        if self.known == 0:
+            self.cache = key_value_cache(model)
+        return self.known
 
     def close(self, ids: torch.Tensor) -> None:
         """Notes the tokens [1, n] of which keys and values were left; the last one drawn was never read."""
@@ -83,73 +84,32 @@ def stream(
     config: GenerateConfig,
     arrived: Callable[[], None] | None = None,
     memory: Memory | None = None,
+    more: Callable[[], None] | None = None,
 ) -> Iterator[str]:
-    """Pieces of text as they are generated; `arrived` is called at every token. `memory` has to be open.
+    """Pieces of text as they are generated. `memory` has to be open.
 
-    Closing the iterator stops the generation at its next token. Errors of the generating thread are raised here.
+    arrived: called at every token; more: called when what was drawn has been handed out and another token will follow.
+    All is computed in the thread that reads; closing the iterator stops the generation.
     """
-    streamer = text_streamer(tokenizer)
-    stop = threading.Event()
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            _generate(model, ids, config, streamer, stop, arrived, memory)
-        except BaseException as error:  # handed to the thread that reads
-            failure.append(error)
-        finally:
-            streamer.end()
-
-    thread = threading.Thread(target=work, name="localmoe-generate", daemon=True)
-    thread.start()
+    text, new = text_streamer(tokenizer), list[int]()
+    cache, known = (None, 0) if memory is None else (memory.cache, memory.known)
     try:
-        yield from (piece for piece in streamer if piece)
-    finally:
-        stop.set()
-        thread.join()
-    if failure:
-        raise failure[0]
+        for step in draw(model, [ids], config, cache, known):
+            new.append(step.tokens[0])
+            if arrived is not None:
+                arrived()
+            text.put(torch.tensor([new[-1]]))
+            yield from text.pieces()
+            if more is not None and step.going:
+                more()
+        text.end()
+        yield from text.pieces()
+    except GeneratorExit:
+        _note(memory, ids, new)
+        raise
+    _note(memory, ids, new)
 
 
-@torch.inference_mode()
-def _generate(
-    model: Any,
-    ids: torch.Tensor,
-    config: GenerateConfig,
-    streamer: Any,
-    stop: threading.Event,
-    arrived: Callable[[], None] | None,
-    memory: Memory | None,
-) -> None:
-    def stopped(_ids: torch.Tensor, _scores: Any) -> torch.Tensor:
-        if arrived is not None:
-            arrived()
-        return torch.full((1,), stop.is_set(), device=ids.device)
-
-    if config.temperature > 0:
-        torch.manual_seed(config.seed)
-    kept = {} if memory is None else {"past_key_values": memory.cache}
-    made = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(config.max_new_tokens, context_length(model) - ids.shape[1]),
-        streamer=streamer,
-        stopping_criteria=[stopped],
-        pad_token_id=_end_token(model),
-        **sampling(config),
-        **kept,
-    )
+def _note(memory: Memory | None, ids: torch.Tensor, new: Sequence[int]) -> None:
     if memory is not None:
-        memory.close(made)
-
-
-def sampling(config: GenerateConfig) -> dict[str, Any]:
-    """The settings of transformers' `generate` that say how tokens are drawn."""
-    if config.temperature > 0:
-        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-
-def _end_token(model: Any) -> int | None:
-    end = model.generation_config.eos_token_id
-    return int(end[0] if isinstance(end, list) else end) if end is not None else None
+        memory.close(torch.cat([ids, torch.tensor([new], dtype=ids.dtype, device=ids.device)], dim=1))

@@ -1,7 +1,6 @@
 """Generation: pieces are the text, bounds hold, and a closed stream stops."""
 
-import threading
-import time
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +78,28 @@ def test_the_answer_ends_where_the_context_ends(model: Any, tokenizer: Any) -> N
     assert 1 <= len(arrived) <= 3
 
 
-def test_a_stream_that_is_closed_stops_the_generation_and_its_thread(model: Any, tokenizer: Any) -> None:
+def test_a_stream_that_is_closed_stops_the_generation(model: Any, tokenizer: Any) -> None:
     ids = prompt_tokens(tokenizer, model, "boat sail")
     arrived: list[None] = []
-
-    def slowly() -> None:
-        time.sleep(0.01)
-        arrived.append(None)
-
-    pieces = stream(model, tokenizer, ids, GenerateConfig(max_new_tokens=110), slowly)
+    pieces = stream(model, tokenizer, ids, GenerateConfig(max_new_tokens=110), lambda: arrived.append(None))
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert not any(thread.name == "localmoe-generate" for thread in threading.enumerate())
     assert 0 < len(arrived) < 110
 
 
-def test_an_error_of_the_generating_thread_is_raised_where_it_is_read(model: Any, tokenizer: Any) -> None:
+def test_the_first_words_are_handed_out_before_more_is_prepared(model: Any, tokenizer: Any) -> None:
+    ids = prompt_tokens(tokenizer, model, "boat sail")
+    happened: list[str] = []
+    config = GenerateConfig(max_new_tokens=6)
+    more = lambda: happened.append("more")  # noqa: E731
+    for piece in stream(model, tokenizer, ids, config, lambda: happened.append("token"), more=more):
+        happened.append(piece)
+    tokens, prepared = happened.count("token"), happened.count("more")
+    assert happened[0] == "token" and prepared == tokens - 1
+    assert all(after != "token" for before, after in itertools.pairwise(happened) if before == "token")
+
+
+def test_an_error_while_a_token_is_drawn_is_raised_where_it_is_read(model: Any, tokenizer: Any) -> None:
     ids = prompt_tokens(tokenizer, model, "boat sail")
 
     def broken() -> None:
@@ -102,4 +107,3 @@ def test_an_error_of_the_generating_thread_is_raised_where_it_is_read(model: Any
 
     with pytest.raises(ZeroDivisionError):
         list(stream(model, tokenizer, ids, GenerateConfig(max_new_tokens=5), broken))
-    assert not any(thread.name == "localmoe-generate" for thread in threading.enumerate())

@@ -257,7 +257,8 @@ class Running:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Goes on with some rows of the batch, in this order."""
-        if self._loaded.active is not None and self._loaded.active.by_row:
+        active = self._executor.beside.active
+        if active is not None and active.by_row and list(rows) != list(range(len(active.weights))):
             self._executor.beside.keep(rows)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Batches: every row gets the tokens that its prompt gets alone, from transformers' own `generate`."""
+"""Drawing: every row gets the tokens that its prompt gets alone, from transformers' own `generate`."""
 
 from typing import Any
 
@@ -7,18 +7,21 @@ import tiny
 import torch
 
 from localmoe.config import GenerateConfig
-from localmoe.runtime.batch import generate_rows
+from localmoe.runtime.drawing import draw
 
 LENGTHS = (9, 3, 14, 5)
 PROMPTS = [passage.tokens[None] for passage in tiny.passages(*LENGTHS)]
 
 
-def _together(model: Any, config: GenerateConfig) -> tuple[list[list[int]], list[list[int]]]:
-    kept: list[list[int]] = []
-    firsts: list[None] = []
-    rows = generate_rows(model, PROMPTS, config, lambda: firsts.append(None), kept.append)
-    assert len(firsts) == 1
-    return rows, kept
+def _together(model: Any, config: GenerateConfig) -> tuple[list[list[int]], list[int]]:
+    """The new tokens of every prompt, and how many rows each step had."""
+    rows: list[list[int]] = [[] for _ in PROMPTS]
+    sizes = []
+    for step in draw(model, PROMPTS, config):
+        for row, token in step.tokens.items():
+            rows[row].append(token)
+        sizes.append(len(step.tokens))
+    return rows, sizes
 
 
 def _alone(model: Any, ids: torch.Tensor, count: int, **settings: Any) -> list[int]:
@@ -51,11 +54,12 @@ def test_rows_that_end_leave_and_the_others_go_on() -> None:
     whole, _ = _together(model, GenerateConfig(max_new_tokens=20))
     ends = [whole[1][2], whole[3][5]]
     model.generation_config.eos_token_id = ends
-    rows, kept = _together(model, GenerateConfig(max_new_tokens=20))
+    rows, sizes = _together(model, GenerateConfig(max_new_tokens=20))
     for row, before in zip(rows, whole, strict=True):
         stop = next((i + 1 for i, token in enumerate(before) if token in ends), 20)
         assert row == before[:stop]
-    assert len(kept) >= 1 and [len(rows) for rows in kept] == sorted((len(rows) for rows in kept), reverse=True)
+    assert sizes == [sum(len(row) > step for row in rows) for step in range(20)][: len(sizes)]
+    assert min(sizes) < 4
 
 
 def test_the_bases_own_repetition_penalty_counts_for_each_row_alone() -> None:
@@ -69,6 +73,6 @@ def test_the_bases_own_repetition_penalty_counts_for_each_row_alone() -> None:
 def test_a_row_ends_where_the_context_ends() -> None:
     model = tiny.base("llama")
     prompts = [torch.full((1, tiny.CONTEXT - 3), 9), torch.full((1, 4), 9)]
-    rows = generate_rows(model, prompts, GenerateConfig(max_new_tokens=8), lambda: None, lambda rows: None)
-    assert len(rows[0]) <= 3
-    assert len(rows[1]) <= 8
+    steps = [list(step.tokens) for step in draw(model, prompts, GenerateConfig(max_new_tokens=8))]
+    assert sum(0 in step for step in steps) <= 3
+    assert len(steps) <= 8
