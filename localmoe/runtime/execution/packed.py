@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +22,12 @@ class PackedExpert:
     """One expert: ΔW of target t = scale · Btᵀ A, with A [r_t, d_in] and Bt [r_t, d_out] in the dtype of the base.
 
     blocks: one flat tensor a block, on the block's device: A of all its targets, then Bt of all; Bt alone where A is
-    shared. parts: the same memory, a view per factor (empty where the expert does not change the target).
+    shared. parts: the same memory, a view per factor (empty where the expert does not change the target), see `views`.
     shared: the packed A that this expert shares with others; ranks: r_t by the place of the target.
     """
 
     blocks: tuple[Tensor, ...]
-    parts: tuple[tuple[Tensor, ...], ...]
+    parts: tuple[tuple[Any, ...], ...]
     ranks: tuple[int, ...]
     scale: float
     shared: SharedFactors | None
@@ -43,7 +47,7 @@ class SharedFactors:
     """
 
     groups: tuple[tuple[Tensor, ...], ...]
-    parts: tuple[tuple[Tensor, ...], ...]
+    parts: tuple[tuple[Any, ...], ...]
     source: dict[str, Tensor]
     ranks: tuple[int, ...]
 
@@ -56,14 +60,14 @@ def shared_factors(trunk: Adapter, layout: Layout) -> SharedFactors:
     ranks, groups, parts = _ranks(trunk, layout), [], []
     for block in layout.blocks:
         made: list[Tensor] = []
-        views: list[Tensor] = []
+        pieces: list[Any] = []
         for group in block.groups:
             rows = [trunk[target.name].A for target in group if target.name in trunk]
             empty = torch.empty(0, group[0].d_in)
             made.append(torch.cat(rows or [empty]).to(block.device, layout.dtype))
-            views += made[-1].view(-1).split_with_sizes([ranks[target.place] * target.d_in for target in group])
+            pieces += views(made[-1].view(-1), [ranks[target.place] * target.d_in for target in group])
         groups.append(tuple(made))
-        parts.append(tuple(views))
+        parts.append(tuple(pieces))
     return SharedFactors(tuple(groups), tuple(parts), {name: update.A for name, update in trunk.items()}, ranks)
 
 
@@ -83,10 +87,10 @@ def pack(adapter: Adapter, layout: Layout, shared: SharedFactors | None = None, 
     sizes = [_sizes(block, ranks, with_A) for block in layout.blocks]
     flat = torch.empty(sum(map(sum, sizes)), dtype=layout.dtype, pin_memory=pin)
     blocks = tuple(flat.split_with_sizes([sum(part) for part in sizes]))
-    parts = tuple(tuple(block.split_with_sizes(part)) for block, part in zip(blocks, sizes, strict=True))
     scale = _common_scale(adapter)
-    for block, views in zip(layout.blocks, parts, strict=True):
-        _fill(block, views, adapter, ranks, with_A, fold=scale is None)
+    for block, memory, part in zip(layout.blocks, blocks, sizes, strict=True):
+        _fill(block, memory.split_with_sizes(part), adapter, ranks, with_A, fold=scale is None)
+    parts = tuple(views(memory, part) for memory, part in zip(blocks, sizes, strict=True))
     one = 1.0 if scale is None else scale
     return PackedExpert(blocks, parts, ranks, one, None if with_A else shared, frozenset(adapter))
 
@@ -96,11 +100,31 @@ def moved(expert: PackedExpert, layout: Layout) -> PackedExpert:
     blocks = tuple(
         flat.to(block.device, non_blocking=True) for flat, block in zip(expert.blocks, layout.blocks, strict=True)
     )
+    with_A = expert.shared is None
     parts = tuple(
-        tuple(block.split_with_sizes([view.numel() for view in views]))
-        for block, views in zip(blocks, expert.parts, strict=True)
+        views(memory, _sizes(block, expert.ranks, with_A)) for memory, block in zip(blocks, layout.blocks, strict=True)
     )
     return PackedExpert(blocks, parts, expert.ranks, expert.scale, expert.shared, expert.modules)
+
+
+def views(flat: Tensor, sizes: Sequence[int]) -> tuple[Any, ...]:
+    """Consecutive parts of a flat tensor, to be put together by `join`: as bytes in main memory, else as tensors."""
+    if flat.device.type != "cpu":
+        return tuple(flat.split_with_sizes(list(sizes)))
+    ends = np.cumsum([0, *sizes]) * flat.element_size()
+    whole = flat.view(torch.uint8).numpy()
+    return tuple(whole[start:end] for start, end in itertools.pairwise(ends.tolist()))
+
+
+def join(parts: Sequence[Any], out: Tensor) -> None:
+    """Writes parts made by `views` one after another into a flat tensor.
+
+    numpy copies them at the speed of memory; with several threads torch's `cat` takes twice as long for small parts.
+    """
+    if out.device.type == "cpu":
+        np.concatenate(parts, out=out.view(torch.uint8).numpy())
+    else:
+        torch.cat(list(parts), out=out)
 
 
 def check_fits(adapter: Adapter, layout: Layout) -> None:
@@ -143,7 +167,7 @@ def _common_scale(adapter: Adapter) -> float | None:
 
 
 def _fill(
-    block: Block, views: tuple[Tensor, ...], adapter: Adapter, ranks: tuple[int, ...], with_A: bool, fold: bool
+    block: Block, factors: Sequence[Tensor], adapter: Adapter, ranks: tuple[int, ...], with_A: bool, fold: bool
 ) -> None:
     targets = block.targets
     for i, target in enumerate(targets):
@@ -152,6 +176,6 @@ def _fill(
             continue
         update = adapter[target.name]
         if with_A:
-            views[i].view(rank, target.d_in).copy_(update.A)
+            factors[i].view(rank, target.d_in).copy_(update.A)
         B = update.B.float() * update.c if fold else update.B
-        views[len(targets) * with_A + i].view(rank, target.d_out).copy_(B.t())
+        factors[len(targets) * with_A + i].view(rank, target.d_out).copy_(B.t())

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from localmoe.errors import BankError
 from localmoe.runtime.execution.layout import Block, Layout
-from localmoe.runtime.execution.packed import PackedExpert, SharedFactors
+from localmoe.runtime.execution.packed import PackedExpert, SharedFactors, join
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +97,14 @@ class Workspace:
         if shared is not None and merge_shared and active.single:
             return self._summed(index, active, shared)
         experts = active.experts
-        if shared is not None or all(expert.shared is None for expert in experts):
-            parts = _interleaved([expert.parts[index] for expert in experts])
+        size = sum([expert.blocks[index].numel() for expert in experts])
+        if shared is not None or all([expert.shared is None for expert in experts]):
+            parts = [expert.parts[index] for expert in experts]
         else:
-            parts = _interleaved([_whole(expert, index) for expert in experts])
-        flat = self._flat(index, sum(part.numel() for part in parts))
-        torch.cat(parts, out=flat)
+            parts = [_whole(expert, index) for expert in experts]
+            size += sum(A.numel() for one in experts if one.shared is not None for A in one.shared.groups[index])
+        flat = self._flat(index, size)
+        join(_interleaved(parts), flat)
         return self._factors(index, flat, [expert.ranks for expert in experts], shared)
 
     def _summed(self, index: int, active: Active, shared: SharedFactors) -> Factors:
@@ -137,12 +139,12 @@ class Workspace:
         return made
 
 
-def _interleaved(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+def _interleaved(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Factor by factor, and of each factor expert by expert."""
     return list(chain.from_iterable(zip(*parts, strict=True)))
 
 
-def _whole(expert: PackedExpert, index: int) -> tuple[Tensor, ...]:
+def _whole(expert: PackedExpert, index: int) -> tuple[Any, ...]:
     return expert.parts[index] if expert.shared is None else expert.shared.parts[index] + expert.parts[index]
 
 
