@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 from localmoe.errors import BankError
 from localmoe.lora import Adapter
 from localmoe.runtime.execution.layout import Block, Layout
+
+_LARGE = 4 * 2**20  # bytes; below, handing one half to another thread costs what it saves
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +122,21 @@ def views(flat: Tensor, sizes: Sequence[int]) -> tuple[Any, ...]:
 def join(parts: Sequence[Any], out: Tensor) -> None:
     """Writes parts made by `views` one after another into a flat tensor.
 
-    numpy copies them at the speed of memory; with several threads torch's `cat` takes twice as long for small parts.
+    numpy copies them at the speed of memory, large ones in two threads; torch's `cat`, with several threads, takes half
+    as long again for small parts.
     """
-    if out.device.type == "cpu":
-        np.concatenate(parts, out=out.view(torch.uint8).numpy())
-    else:
+    if out.device.type != "cpu":
         torch.cat(list(parts), out=out)
+        return
+    whole = out.view(torch.uint8).numpy()
+    if out.nbytes < _LARGE or torch.get_num_threads() == 1:
+        np.concatenate(parts, out=whole)
+        return
+    half = len(parts) // 2
+    cut = sum(part.nbytes for part in parts[:half])
+    other = _helper().submit(np.concatenate, parts[:half], out=whole[:cut])
+    np.concatenate(parts[half:], out=whole[cut:])
+    other.result()
 
 
 def check_fits(adapter: Adapter, layout: Layout) -> None:
@@ -146,6 +158,11 @@ def check_fits(adapter: Adapter, layout: Layout) -> None:
 
 def _ranks(adapter: Adapter, layout: Layout) -> tuple[int, ...]:
     return _one(tuple(adapter[target.name].rank if target.name in adapter else 0 for target in layout.targets))
+
+
+@cache
+def _helper() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="localmoe-copy")
 
 
 @lru_cache(maxsize=64)
