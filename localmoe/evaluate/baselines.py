@@ -17,6 +17,7 @@ from localmoe.bank.peft import read_adapter
 from localmoe.config import TrainConfig, as_dict
 from localmoe.errors import LocalMoEError
 from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, methods
+from localmoe.evaluate.duplicates import near_duplicates
 from localmoe.evaluate.merged import time_generation
 from localmoe.evaluate.protocol import Trial, score_alone
 from localmoe.evaluate.statistics import perplexity
@@ -24,10 +25,11 @@ from localmoe.lora import Adapter
 from localmoe.models import context_length, needs_transpose
 from localmoe.packing import Passage
 from localmoe.runtime.engine import base_mix
-from localmoe.train.training import DivergedError, fresh_adapter, train
+from localmoe.train.training import DivergedError, Trained, fresh_adapter, train
 
 FINE_TUNED = "experts/fine-tuned"
 _RECORD = "fine-tuned.json"
+_SPARE = 10  # neighbours beyond those asked for, in the place of near duplicates
 
 
 @methods.register("base")
@@ -40,7 +42,7 @@ def base(bench: Bench) -> Scores:
 @methods.register("trunk")
 def trunk(bench: Bench) -> Scores:
     """The adapter that all experts start from."""
-    return _alone(bench, trunk_of(bench), _trunk_tokens(bench), "trunk")
+    return _alone(bench, trunk_of(bench), trunk_tokens(bench), "trunk")
 
 
 @methods.register("fine-tuned")
@@ -76,7 +78,7 @@ class FineTuned:
 
 def fine_tuned_adapter(bench: Bench) -> tuple[Adapter, FineTuned]:
     """The baseline's adapter: trained now, or read where an earlier run left it, a PEFT folder under `experts/`."""
-    work = bench.work
+    work = bench.training
     folder = work.path.parent.parent
     if not work.has(_RECORD):
         found = _fine_tune(bench, folder)
@@ -86,27 +88,17 @@ def fine_tuned_adapter(bench: Bench) -> tuple[Adapter, FineTuned]:
 
 
 def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
-    budget, passages, model = bench.bank_tokens, bench.train_passages(), bench.engine.model
+    budget, passages = bench.bank_tokens, bench.train_passages()
     tried = _tune(bench, passages, min(budget, bench.config.fine_tune.tune_tokens))
     best = min(tried, key=lambda trial: trial.perplexity)
-    config = _with_rank(bench, best.rank)
-    done = 0
-
-    def progress(tokens: int, _loss: float) -> None:
-        nonlocal done
-        done += tokens
-        bench.watch("fine-tuned", min(done, budget), budget)
-
     started = time.perf_counter()
-    with bench.engine.merged(base_mix(bench.engine.bank)):
-        start = fresh_adapter(model, config, bench.config.seed)
-        trained = train(model, passages, start, config, best.rate, bench.config.seed, progress=progress, tokens=budget)
+    trained = _train(bench, passages, best.rate, best.rank, budget, "fine-tuned")
     record = write_adapter(
         folder,
         FINE_TUNED,
         trained.adapter,
         bench.engine.bank.manifest.base.id,
-        needs_transpose(model),
+        needs_transpose(bench.engine.model),
         Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, best.rate, 1),
     )
     return FineTuned(record, best.rate, best.rank, trained.tokens, time.perf_counter() - started, tuple(tried))
@@ -129,27 +121,32 @@ def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]
 
 def _try(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int) -> Tried:
     name = f"tried-{rate:.6g}-{rank}-{tokens}.json"
-    if not bench.work.has(name):
-        bench.work.write_json(name, as_dict(_tried(bench, passages, rate, rank, tokens)))
-    return TypeAdapter(Tried).validate_python(bench.work.read_json(name))
+    if not bench.training.has(name):
+        bench.training.write_json(name, as_dict(_tried(bench, passages, rate, rank, tokens)))
+    return TypeAdapter(Tried).validate_python(bench.training.read_json(name))
 
 
 def _tried(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int) -> Tried:
-    model, config, done = bench.engine.model, _with_rank(bench, rank), 0
-
-    def progress(count: int, _loss: float) -> None:
-        nonlocal done
-        done += count
-        bench.watch(f"rate {rate:.2g}, rank {rank}", min(done, tokens), tokens)
-
     try:
-        with bench.engine.merged(base_mix(bench.engine.bank)):
-            start = fresh_adapter(model, config, bench.config.seed)
-            trained = train(model, passages, start, config, rate, bench.config.seed, progress=progress, tokens=tokens)
+        trained = _train(bench, passages, rate, rank, tokens, f"rate {rate:.2g}, rank {rank}")
     except DivergedError:
         return Tried(rate, rank, tokens, float("inf"))
     nll = score_alone(bench.engine, bench.tune, trained.adapter, lambda _done: None)
     return Tried(rate, rank, trained.tokens, perplexity(nll, [trial.passage.predicted for trial in bench.tune]))
+
+
+def _train(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int, title: str) -> Trained:
+    """A fresh adapter on so many tokens of all documents, with the base to itself."""
+    model, config, seed, done = bench.engine.model, _with_rank(bench, rank), bench.config.seed, 0
+
+    def progress(count: int, _loss: float) -> None:
+        nonlocal done
+        done += count
+        bench.watch(title, min(done, tokens), tokens)
+
+    with bench.engine.merged(base_mix(bench.engine.bank)):
+        start = fresh_adapter(model, config, seed)
+        return train(model, passages, start, config, rate, seed, progress=progress, tokens=tokens)
 
 
 def _with_rank(bench: Bench, rank: int) -> TrainConfig:
@@ -161,14 +158,13 @@ def _with_rank(bench: Bench, rank: int) -> TrainConfig:
 @methods.register("context")
 def context(bench: Bench) -> Scores:
     """The base with the nearest train documents before the prefix, the nearest last, as many as the context holds."""
-    engine = bench.engine
-    room = context_length(engine.model)
+    room = context_length(bench.engine.model)
     trials, seconds = [], []
     for trial in bench.trials:
-        started = time.perf_counter()
+        found, searched = neighbours(bench, trial)
         left = min(room - len(trial.passage), bench.cut.length)
         before: list[torch.Tensor] = []
-        for passage in nearest_passages(bench, trial, bench.config.ttt.neighbours):
+        for passage in found:
             if len(passage) > left:
                 break
             before.insert(0, passage.tokens)
@@ -176,39 +172,45 @@ def context(bench: Bench) -> Scores:
         tokens = torch.cat([*before, trial.passage.tokens])
         labels = torch.cat([torch.zeros(sum(len(part) for part in before), dtype=torch.bool), trial.passage.labels])
         trials.append(replace(trial, passage=Passage(tokens, labels)))
-        seconds.append(time.perf_counter() - started)
-    scores = _alone(replace_trials(bench, trials), None, 0, "context")
+        seconds.append(searched)
+    scores = _alone(replace(bench, trials=tuple(trials)), None, 0, "context")
     read = [len(trial.passage) - len(own.passage) for trial, own in zip(trials, bench.trials, strict=True)]
     note = f"{sum(read) / len(read):,.0f} tokens of neighbours a prompt"
     return replace(scores, note=note, seconds=scores.seconds | {"search": tuple(seconds)})
 
 
-def replace_trials(bench: Bench, trials: Sequence[Trial]) -> Bench:
-    """The same bench with other trials."""
-    return Bench(bench.engine, bench.config, bench.cut, tuple(trials), bench.tune, bench.work, bench.watch)
+def neighbours(bench: Bench, trial: Trial) -> tuple[list[Passage], float]:
+    """First passages of the train documents nearest to the query, the most similar first, and the seconds it took.
 
-
-def nearest_passages(bench: Bench, trial: Trial, count: int) -> list[Passage]:
-    """First passages of the train documents nearest to the query, the most similar first."""
-    return bench.train_passages(nearest_documents(bench, trial, count), most=1)
+    Leaving out near duplicates of the trial is part of the evaluation, not of the method: it is not timed.
+    """
+    count = bench.config.ttt.neighbours
+    started = time.perf_counter()
+    ranked = _ranked(bench, trial, count)
+    found = time.perf_counter()
+    kept = _without_twins(bench, trial, ranked)[:count]
+    checked = time.perf_counter()
+    passages = bench.train_passages(kept, most=1)
+    return passages, found - started + time.perf_counter() - checked
 
 
 def nearest_documents(bench: Bench, trial: Trial, count: int) -> list[str]:
     """Ids of the public train documents nearest to the query; near duplicates of the trial itself are left out."""
-    from localmoe.evaluate.duplicates import near_duplicates
+    return _without_twins(bench, trial, _ranked(bench, trial, count))[:count]
 
-    bank = bench.engine.bank
+
+def _ranked(bench: Bench, trial: Trial, count: int) -> list[str]:
+    """Ids of public train documents by similarity to the query, with some to spare."""
+    names, rows = bench.public_train
     vector = bench.engine.encoder.encode([trial.prefix])[0]
-    table = bank.documents()
-    names = table["id"].to_pylist()
-    splits, access = table["split"].to_pylist(), table["access"].to_pylist()
-    train = np.array([row for row, split in enumerate(splits) if split == "train" and not access[row]])
-    similarity = bank.embeddings()[train].astype(np.float32) @ vector
-    order = train[np.argsort(-similarity, kind="stable")[: count + 10]]
-    found = [names[row] for row in order]
-    twins = near_duplicates([trial.whole], bank.texts(found), bench.config.near_duplicate)
+    similarity = bench.engine.bank.embeddings()[rows].astype(np.float32) @ vector
+    return [names[place] for place in np.argsort(-similarity, kind="stable")[: count + _SPARE].tolist()]
+
+
+def _without_twins(bench: Bench, trial: Trial, found: list[str]) -> list[str]:
+    twins = near_duplicates([trial.whole], bench.engine.bank.texts(found), bench.config.near_duplicate)
     left_out = {found[twin.other] for twin in twins}
-    return [name for name in found if name not in left_out][:count]
+    return [name for name in found if name not in left_out]
 
 
 def trunk_of(bench: Bench) -> Adapter:
@@ -219,7 +221,8 @@ def trunk_of(bench: Bench) -> Adapter:
     return adapter
 
 
-def _trunk_tokens(bench: Bench) -> int:
+def trunk_tokens(bench: Bench) -> int:
+    """Label tokens that the trunk was trained on."""
     record = bench.engine.bank.manifest.trunk
     if record is None or record.training is None:
         raise LocalMoEError("the bank does not say how many tokens its trunk saw")

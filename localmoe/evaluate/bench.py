@@ -46,7 +46,7 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """All that a method needs; `work` keeps what is finished, so that an evaluation resumes."""
+    """All that a method needs; `work` keeps finished scores and `training` the baseline, so that it resumes."""
 
     engine: Engine
     config: EvalConfig
@@ -54,6 +54,7 @@ class Bench:
     trials: tuple[Trial, ...]
     tune: tuple[Trial, ...]
     work: Work
+    training: Work
     watch: Watch
 
     @cached_property
@@ -92,15 +93,20 @@ class Bench:
             )
         return sum(record.tokens for record in training if record is not None)
 
+    @cached_property
+    def public_train(self) -> tuple[list[str], np.ndarray]:
+        """Ids of the public train documents, and their rows in the bank's embeddings [t]."""
+        table = self.engine.bank.documents()
+        columns = zip(*(table[name].to_pylist() for name in ("id", "split", "access")), strict=True)
+        kept = [(row, name) for row, (name, split, access) in enumerate(columns) if split == "train" and not access]
+        return [name for _, name in kept], np.array([row for row, _ in kept], dtype=np.int64)
+
     def train_passages(self, documents: Sequence[str] | None = None, most: int | None = None) -> list[Passage]:
         """Passages of the train documents (or of these ids, in this order), cut as the build cut them.
 
         most: of each document only the first passages.
         """
-        table = self.engine.bank.documents()
-        if documents is None:
-            rows = zip(*(table[name].to_pylist() for name in ("id", "split", "access")), strict=True)
-            documents = [name for name, split, access in rows if split == "train" and not access]
+        documents = self.public_train[0] if documents is None else documents
         found = []
         for name, content in zip(documents, self.engine.bank.contents(documents), strict=True):
             tokenized = tokenize(document_in(name, *content), self.engine.tokenizer, self.build_config.corpus)

@@ -24,7 +24,7 @@ from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
 from localmoe.evaluate.statistics import compare, gap_share, perplexity
 from localmoe.evaluate.verdicts import verdict
-from localmoe.models import context_length
+from localmoe.models import context_length, fingerprint
 from localmoe.runtime.engine import Engine
 from localmoe.train.work import Work
 
@@ -50,14 +50,15 @@ def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, com
     without, note = duplicates_of_train(engine, config.near_duplicate)
     checks = [Check("no test document stands in train", True, note)]
     everything = trials_of(engine, "test", cut, without=without)
-    tune = trials_of(engine, "tune", cut, without=duplicates_of_train(engine, config.near_duplicate, "tune")[0])
+    tune = trials_of(engine, "tune", cut, without=without)
     experts = _nearest_experts(engine, everything)
     trials, chosen = _chosen(everything, experts, config)
     checks += check_leaks(engine, trials, tune, cut)
     for check in checks:
         if not check.passed:
             raise LeakError(f"leak check failed: {check.name}: {check.found}", "mend or rebuild the bank")
-    bench = Bench(engine, config, cut, tuple(trials), tuple(tune), Work(folder, _key(engine, config, cut)), watch)
+    work, training = (Work(folder, key) for key in (_key(engine, config, cut), _training_key(engine, config, cut)))
+    bench = Bench(engine, config, cut, tuple(trials), tuple(tune), work, training, watch)
     results = _empty(bench, chosen, tuple(checks), command)
     scored: list[MethodResult] = []
     for name, method in wanted:
@@ -120,15 +121,19 @@ def _chosen(
 def _key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
     """A hash of all that decides the scores but the methods asked for, so that more of them can be added later."""
     values = as_dict(config) | {"methods": None, "cut": [cut.query, cut.prefix, cut.length]}
-    bank = engine.bank.manifest.digest
-    identity = [
-        bank,
-        values,
-        as_dict(engine.config),
-        engine.base_variant,
-        engine.encoder.fingerprint,
-        torch.__version__,
-    ]
+    return _hashed(engine, [values, as_dict(engine.config), engine.encoder.fingerprint])
+
+
+def _training_key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
+    """A hash of what decides the fine-tuned baseline, which takes longest: other documents train no other one."""
+    cuts = [cut.query, cut.prefix, cut.length, config.near_duplicate]
+    return _hashed(engine, [as_dict(config.fine_tune), config.seed, cuts])
+
+
+def _hashed(engine: Engine, values: list[Any]) -> str:
+    """16 hex digits of settings, the bank, and the base that is loaded, which may be a variant."""
+    mark = fingerprint(engine.model)
+    identity = [engine.bank.manifest.digest, mark.architecture, mark.weights, torch.__version__, values]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

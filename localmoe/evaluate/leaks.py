@@ -18,17 +18,26 @@ MUTATED = 32
 _TOLERANCE = 2e-3  # embeddings lie in fp16 in the bank, means in fp32
 
 
-def duplicates_of_train(engine: Engine, threshold: float, split: str = "test") -> tuple[frozenset[str], str]:
-    """Ids of held-out documents that stand, exactly or nearly, among the train documents too, and a sentence."""
+def duplicates_of_train(engine: Engine, threshold: float) -> tuple[frozenset[str], str]:
+    """Ids of test and tune documents that stand, exactly or nearly, among the train documents too, and a sentence."""
+    ids = _ids_by_split(engine)
+    held_out = [*ids["test"], *ids["tune"]]
+    texts, train = engine.bank.texts(held_out), engine.bank.texts(ids["train"])
+    exact = {held_out[pair.place] for pair in exact_duplicates(texts, train)}
+    near = {held_out[pair.place] for pair in near_duplicates(texts, train, threshold)} - exact
+    counts = [
+        f"{len(exact & set(ids[split]))} exact and {len(near & set(ids[split]))} near ones of {split}"
+        for split in ("test", "tune")
+    ]
+    return frozenset(exact | near), f"duplicates of train documents that are left out: {', '.join(counts)}"
+
+
+def _ids_by_split(engine: Engine) -> dict[str, list[str]]:
     table = engine.bank.documents()
-    names, splits = table["id"].to_pylist(), table["split"].to_pylist()
-    held_out = [name for name, where in zip(names, splits, strict=True) if where == split]
-    train = [name for name, where in zip(names, splits, strict=True) if where == "train"]
-    texts = engine.bank.texts(held_out)
-    exact = {pair.place for pair in exact_duplicates(texts, engine.bank.texts(train))}
-    near = {pair.place for pair in near_duplicates(texts, engine.bank.texts(train), threshold)}
-    found = f"{len(exact)} exact and {len(near - exact)} near duplicates of train documents left out of {split}"
-    return frozenset(held_out[place] for place in exact | near), found
+    found: dict[str, list[str]] = {"train": [], "tune": [], "test": []}
+    for name, split in zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True):
+        found[split].append(name)
+    return found
 
 
 def check_leaks(engine: Engine, trials: Sequence[Trial], tune: Sequence[Trial], cut: Cut) -> list[Check]:
@@ -48,12 +57,7 @@ def _mutation(engine: Engine, trials: Sequence[Trial], cut: Cut) -> Check:
 
 
 def _splits(engine: Engine, trials: Sequence[Trial], tune: Sequence[Trial]) -> Check:
-    table = engine.bank.documents()
-    train = {
-        name
-        for name, where in zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True)
-        if where == "train"
-    }
+    train = set(_ids_by_split(engine)["train"])
     test, tuned = {trial.document for trial in trials}, {trial.document for trial in tune}
     shared = len(test & tuned) + len(test & train) + len(tuned & train)
     found = f"{len(test)} test and {len(tuned)} tune documents; {shared} are in two splits"

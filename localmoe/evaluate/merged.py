@@ -17,7 +17,6 @@ from localmoe.models import packed
 from localmoe.packing import token_nll
 from localmoe.routing import Mix, find_beta, route, similarities, sparse_softmax
 from localmoe.runtime.engine import base_mix
-from localmoe.runtime.router import routable_centroids
 
 _NEW_TOKENS = 8  # generated per timed prompt: the first, and the mean of those after it
 
@@ -36,7 +35,7 @@ def routed(bench: Bench, config: RouteConfig) -> tuple[list[Mix], tuple[float, .
 def with_active(bench: Bench, active: float) -> RouteConfig:
     """Routing with so many active experts on average: β found on the queries of the tune documents."""
     config = bench.engine.config
-    scores = similarities(bench.tune_queries, routable_centroids(bench.engine.bank))
+    scores = similarities(bench.tune_queries, bench.engine.router.centroids)
     beta = find_beta(scores, active, config.tau, config.max_experts).beta
     return replace(config, router="sparse_softmax", beta=beta, active=active)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from localmoe.evaluate.drawing import COLOURS, FAINT, INK, Plot, label_points, percent_axis, seconds_axis
 from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
+from localmoe.evaluate.statistics import outcome
 from localmoe.evaluate.tables import headline, main_baseline, nll_on
-from localmoe.evaluate.verdicts import outcome
 
 _TONES = {"better": COLOURS[2], "worse": COLOURS[6], "no difference shown": FAINT}
 _FREE = ("base", "trunk", "fine-tuned", "fine-tuned-full")

@@ -21,6 +21,7 @@ from localmoe.evaluate.page import (
 )
 from localmoe.evaluate.plots import plots
 from localmoe.evaluate.results import Results
+from localmoe.evaluate.statistics import outcome
 from localmoe.evaluate.tables import (
     Table,
     checks_table,
@@ -31,7 +32,7 @@ from localmoe.evaluate.tables import (
     methods_table,
     subset_tables,
 )
-from localmoe.evaluate.verdicts import outcome, verdict
+from localmoe.evaluate.verdicts import verdict
 from localmoe.quantities import duration_text
 
 MARKDOWN = "report.md"

@@ -23,8 +23,13 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better", "worse", or "no difference shown" where the interval holds zero."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference shown"
+        """`outcome` of the interval."""
+        return outcome(self.low, self.high)
+
+
+def outcome(low: float, high: float) -> str:
+    """ "better", "worse", or "no difference shown" where the 95 % interval holds zero."""
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
 def perplexity(nll: Sequence[float], tokens: Sequence[int]) -> float:
@@ -40,12 +45,8 @@ def compare(method: Sequence[float], baseline: Sequence[float], tokens: Sequence
     ours, theirs, counts = (np.asarray(values, dtype=np.float64) for values in (method, baseline, tokens))
     if not len(ours) == len(theirs) == len(counts) > 0:
         raise ValueError(f"{len(ours)}, {len(theirs)} and {len(counts)} values cannot be paired")
-    draw = np.random.default_rng(seed)
-    gains = []
-    for _ in range(0, RESAMPLES, 1000):
-        times = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)
-        gains.append(1 - np.exp((times @ (ours - theirs)) / (times @ counts)))
-    low, high = np.quantile(np.concatenate(gains), [0.025, 0.975])
+    above, below = _resampled(ours - theirs, counts, seed)
+    low, high = np.quantile(1 - np.exp(above / below), [0.025, 0.975])
     gain = 1 - math.exp((ours - theirs).sum() / counts.sum())
     return Comparison(float(gain), float(low), float(high), len(counts))
 
@@ -66,12 +67,10 @@ def gap_share(method: Sequence[float], near: Sequence[float], far: Sequence[floa
     None where `far` is not better than `near` in at least 97.5 % of the draws: there is no gap to close.
     """
     ours, start, goal = (np.asarray(values, dtype=np.float64) for values in (method, near, far))
-    draw = np.random.default_rng(seed)
-    times = draw.multinomial(len(ours), np.full(len(ours), 1 / len(ours)), size=RESAMPLES)
-    gaps = times @ (start - goal)
+    closed, gaps = _resampled(start - ours, start - goal, seed)
     if np.quantile(gaps, 0.025) <= 0:
         return None
-    low, high = np.quantile((times @ (start - ours)) / gaps, [0.025, 0.975])
+    low, high = np.quantile(closed / gaps, [0.025, 0.975])
     return Share(float((start - ours).sum() / (start - goal).sum()), float(low), float(high), len(ours))
 
 
@@ -113,12 +112,8 @@ def difference(
     counts = np.ones(len(ours)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not len(ours) == len(theirs) == len(counts) > 0:
         raise ValueError(f"{len(ours)}, {len(theirs)} and {len(counts)} values cannot be paired")
-    draw = np.random.default_rng(seed)
-    found = []
-    for _ in range(0, RESAMPLES, 1000):
-        times = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)
-        found.append((times @ (ours - theirs)) / (times @ counts))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    above, below = _resampled(ours - theirs, counts, seed)
+    low, high = np.quantile(above / below, [0.025, 0.975])
     total = counts.sum()
     binary = weights is None and bool(np.isin([ours, theirs], [0, 1]).all())
     return Difference(
@@ -131,6 +126,16 @@ def difference(
         int((ours != theirs).sum()),
         _mcnemar(int((ours > theirs).sum()), int((ours < theirs).sum())) if binary else None,
     )
+
+
+def _resampled(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of two columns [n] over the same draws of n documents with replacement: two arrays [RESAMPLES]."""
+    draw, block = np.random.default_rng(seed), 1000
+    columns, sums = np.stack([a, b], axis=1), []
+    for _ in range(0, RESAMPLES, block):
+        sums.append(draw.multinomial(len(a), np.full(len(a), 1 / len(a)), size=block) @ columns)
+    first, second = np.concatenate(sums).T
+    return first, second
 
 
 def _mcnemar(up: int, down: int) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
-from localmoe.evaluate.statistics import compare, perplexity
-from localmoe.evaluate.verdicts import outcome, verdict
+from localmoe.evaluate.statistics import compare, outcome, perplexity
+from localmoe.evaluate.verdicts import verdict
 from localmoe.quantities import duration_text, interval_text, percent
 
 BASELINES = ("fine-tuned", "trunk", "base")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from localmoe.evaluate.baselines import nearest_passages, trunk_of
+from localmoe.evaluate.baselines import neighbours, trunk_of, trunk_tokens
 from localmoe.evaluate.bench import Bench, Scores, methods
 from localmoe.evaluate.protocol import Trial
 from localmoe.lora import Adapter, attached
@@ -26,9 +26,7 @@ def ttt(bench: Bench) -> Scores:
 @methods.register("ttt-trunk")
 def ttt_trunk(bench: Bench) -> Scores:
     """Test-time training of a copy of the trunk."""
-    trunk, record = trunk_of(bench), bench.engine.bank.manifest.trunk
-    before = record.training.tokens if record is not None and record.training is not None else 0
-    return _trained(bench, trunk, "ttt-trunk", before)
+    return _trained(bench, trunk_of(bench), "ttt-trunk", trunk_tokens(bench))
 
 
 def _trained(bench: Bench, start: Adapter, title: str, before: int) -> Scores:
@@ -52,12 +50,10 @@ def _trained(bench: Bench, start: Adapter, title: str, before: int) -> Scores:
 
 
 def _one(bench: Bench, trial: Trial, start: Adapter) -> dict[str, float]:
-    begun = time.perf_counter()
-    passages = nearest_passages(bench, trial, bench.config.ttt.neighbours)
-    found = time.perf_counter()
+    passages, search = neighbours(bench, trial)
     nll, seconds = train_and_score(bench, passages, start, trial.passage)
     tokens = sum(passage.predicted for passage in passages)
-    return {"nll": nll, "search": found - begun, "train": seconds, "tokens": tokens}
+    return {"nll": nll, "search": search, "train": seconds, "tokens": tokens}
 
 
 def train_and_score(bench: Bench, passages: Sequence[Passage], start: Adapter, scored: Passage) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
+from localmoe.evaluate.statistics import outcome
 from localmoe.quantities import duration_text, percent, percent_digits
 
 _NOUNS = {
@@ -29,11 +30,6 @@ def smallest_effect(low: float, high: float) -> float:
     That is 1.96 standard errors of the paired bootstrap, were its distribution normal.
     """
     return (high - low) / 2
-
-
-def outcome(low: float, high: float) -> str:
-    """ "better", "worse", or "no difference shown" where the 95 % interval holds zero."""
-    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
 def in_words(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from localmoe.config import EvalConfig
+from localmoe.evaluate.statistics import outcome
 from localmoe.evaluate.tables import Table, headline, methods_table, subset_tables
-from localmoe.evaluate.verdicts import outcome, verdict
+from localmoe.evaluate.verdicts import verdict
 from localmoe.terminal.progress import Lines
 from localmoe.terminal.screen import plain, remarks, table
 

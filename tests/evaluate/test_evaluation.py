@@ -57,7 +57,7 @@ def bench(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     cut = Cut(5, 5, 40)
     trials, tune = (tuple(trials_of(engine, split, cut)) for split in ("test", "tune"))
     work = Work(tmp_path_factory.mktemp("bench"), "key")
-    return Bench(engine, CONFIG, cut, trials, tune, work, lambda *progress: None)
+    return Bench(engine, CONFIG, cut, trials, tune, work, work, lambda *progress: None)
 
 
 def test_every_method_is_scored_on_the_same_documents_and_tokens(results: Results) -> None:
@@ -172,6 +172,16 @@ def test_the_baseline_is_trained_once_and_read_afterwards(bench: Bench, monkeypa
     again, same = fine_tuned_adapter(bench)
     assert same == found
     assert all(torch.equal(adapter[name].B, again[name].B) for name in adapter)
+
+
+def test_other_documents_train_no_other_baseline(
+    engine: Engine, folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localmoe.evaluate.baselines.train", None)
+    fewer = evaluate(engine, folder, replace(CONFIG, methods=("fine-tuned",), documents=2), lambda *progress: None)
+    tuned, before = fewer.method("fine-tuned"), results.method("fine-tuned")
+    assert tuned is not None and before is not None
+    assert tuned.nll == pytest.approx(before.nll[:2], rel=1e-4) and tuned.note == before.note
 
 
 def test_the_same_call_again_runs_no_method_and_more_can_be_added(
