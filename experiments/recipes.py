@@ -4,8 +4,9 @@
 
 SETTING is e.g. `rank=16,clusters=8,rate=3e-3,trunk=1.5,expert=0.5,floor=0.5,expert_rate=1`: passes of the trunk and of
 the experts, the share of the peak rate at which the trunk stops, and the experts' rate as a multiple of the peak. Each
-is compared with one adapter trained on all documents for `trunk` + `expert` passes at `rate`, falling to zero, on the
-suffixes of held-out documents. Made for the laboratory model (experiments/laboratory.py), which trains in minutes.
+is compared, on the suffixes of held-out documents, with one adapter trained on all documents for `trunk` + `expert`
+passes, falling to zero: at the best of `--rates` (as these very documents judge), or at its own `rate`.
+Made for the laboratory model (experiments/laboratory.py), which trains in minutes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from localmoe.train.training import fresh_adapter, train
 
 TEST, LENGTH = 250, 256
 BETAS = (0.0, 0.03, 0.06, 0.1)
+Known = dict[tuple[int, float, float], list[float]]
+"""Suffix nll of every fine-tune by rank, rate and passes."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,23 @@ def score(lab: Laboratory, adapters: list[Adapter], weights: torch.Tensor | None
     return totals
 
 
-def measure(lab: Laboratory, setting: Setting) -> dict[str, Any]:
+def fine_tuned(lab: Laboratory, setting: Setting, rates: list[float], known: Known) -> tuple[float, list[float]]:
+    """The fine-tune's best rate and its suffix nll; `known` keeps what was trained for other settings."""
+    passes = setting.trunk + setting.expert
+    for rate in rates:
+        key = (setting.rank, rate, passes)
+        if key not in known:
+            fresh = fresh_adapter(lab.model, TrainConfig(rank=setting.rank, alpha=setting.rank), 0)
+            known[key] = score(lab, [fit(lab, lab.train, fresh, setting, rate, passes, 0.0, 0)], None)
+    best = min(rates, key=lambda rate: sum(known[setting.rank, rate, passes]))
+    return best, known[setting.rank, best, passes]
+
+
+def measure(lab: Laboratory, setting: Setting, rates: list[float], known: Known) -> dict[str, Any]:
     """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""
+    best, baseline = fine_tuned(lab, setting, rates, known)
     fresh = fresh_adapter(lab.model, TrainConfig(rank=setting.rank, alpha=setting.rank), 0)
     trunk = fit(lab, lab.train, fresh, setting, setting.rate, setting.trunk, setting.floor, 0)
-    tuned = fit(lab, lab.train, fresh, setting, setting.rate, setting.trunk + setting.expert, 0.0, 0)
     tokens = np.array([len(passage) for passage in lab.train])
     found = bisect(lab.documents, ClusterConfig(min_tokens=2000), setting.clusters, tokens, 0)
     experts = []
@@ -112,7 +127,6 @@ def measure(lab: Laboratory, setting: Setting) -> dict[str, Any]:
         rate = setting.rate * setting.expert_rate
         experts.append(fit(lab, members, trunk, setting, rate, setting.expert, 0.0, k + 1))
     counts = [passage.predicted for passage in lab.test]
-    baseline = score(lab, [tuned], None)
     scores = torch.from_numpy(lab.queries).double() @ torch.from_numpy(found.centroids).double().T
     rows = []
     for beta in BETAS:
@@ -127,6 +141,7 @@ def measure(lab: Laboratory, setting: Setting) -> dict[str, Any]:
         "train_tokens": int(tokens.sum()),
         "trunk": perplexity(score(lab, [trunk], None), counts),
         "fine_tuned": perplexity(baseline, counts),
+        "fine_tuned_rate": best,
         "merged": rows,
     }
 
@@ -139,16 +154,20 @@ def main() -> None:
     parser.add_argument("settings", nargs="+")
     parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("--prefix", type=int, default=50)
+    parser.add_argument("--rates", type=float, nargs="*", help="the fine-tune's; none: each setting's own")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     lab = prepare(options.corpus, options.model, options.encoder, options.documents, options.prefix)
     kinds = {field.name: type(field.default) for field in fields(Setting)}
-    results = []
+    results: list[dict[str, Any]] = []
+    known: Known = {}
     for text in options.settings:
         pairs = [pair.split("=") for pair in text.split(",") if pair]
-        results.append(measure(lab, Setting(**{name: kinds[name](value) for name, value in pairs})))
-        one = results[-1]
-        print(f"{text}: trunk {one['trunk']:.3f}, fine-tuned {one['fine_tuned']:.3f}")
+        setting = Setting(**{name: kinds[name](value) for name, value in pairs})
+        one = measure(lab, setting, [setting.rate] if options.rates is None else options.rates, known)
+        results.append(one)
+        tuned = f"fine-tuned {one['fine_tuned']:.3f} at {one['fine_tuned_rate']}"
+        print(f"{text}: trunk {one['trunk']:.3f}, {tuned}")
         for row in one["merged"]:
             gain = row["gain"]
             print(

@@ -155,7 +155,7 @@ def route(
     from localmoe.terminal import explanations, mixes, screen
 
     text = prompt_text(prompt, prompt_file)
-    engine = _engine(bank, options) if explain else None
+    engine = _engine(bank, options, calibrated=False) if explain else None
     router = open_router(bank, options["encoder"], route_changes(options)) if engine is None else engine.router
     mix, near = router.route(text), router.nearest(text)
     data = mixes.route_data(router.bank, mix, near, router.config)
@@ -335,15 +335,15 @@ def draw_map(bank: Path, output: Path | None) -> None:
     screen.results().print(f"wrote {target}", markup=False, soft_wrap=True)
 
 
-def _engine(bank: Path, options: dict[str, Any]) -> Any:
+def _engine(bank: Path, options: dict[str, Any], calibrated: bool = True) -> Any:
     from localmoe.bank.store import Bank
     from localmoe.runtime.engine import open_engine
     from localmoe.runtime.router import route_config
-    from localmoe.terminal import screen
+    from localmoe.terminal import explanations, screen
 
     if options["trust_remote_code"]:
         screen.show_warning("--trust-remote-code runs Python code that comes with the base model, with all your rights")
-    return open_engine(
+    engine = open_engine(
         bank,
         options["base"],
         options["encoder"],
@@ -354,3 +354,6 @@ def _engine(bank: Path, options: dict[str, Any]) -> Any:
         execution_config(options),
         options["quantised"],
     )
+    if calibrated:
+        explanations.calibrate(engine)
+    return engine

@@ -30,11 +30,14 @@ from localmoe.runtime.planner import (
 
 RANKS = (32, 256)
 PROMPTS = (8, 128)
+SLOW_PROMPTS = (8, 32)
+"""For a base that takes more than `SLOW` seconds for the shortest prompt."""
+SLOW = 0.25
 ROWS = (1, 8)
 REPEATS = 3
 
 ENOUGH = 4.0
-"""Seconds after which every point is measured only once more."""
+"""Seconds after which every point is measured only once more, and without a first time that does not count."""
 
 
 def planner(executor: Executor, anew: bool = False) -> CalibratedPlanner:
@@ -46,6 +49,13 @@ def planner(executor: Executor, anew: bool = False) -> CalibratedPlanner:
         found = fit(list(measure(executor)))
         remember_calibration(key, found)
     return CalibratedPlanner(found)
+
+
+def known(executor: Executor) -> bool:
+    """Whether this machine was calibrated for the executor's base before."""
+    model = executor.model
+    key = calibration_key(fingerprint(model).architecture, model.dtype, torch.device(model.device))
+    return recall_calibration(key) is not None
 
 
 def on_demand(executor: Executor) -> Planner:
@@ -64,10 +74,11 @@ def on_demand(executor: Executor) -> Planner:
 def measure(executor: Executor) -> Iterator[Point]:
     """Times of all phases with made-up experts, medians of a few; the executor's own buffers are not touched."""
     model, layout = executor.model, executor.layout
-    prompts = [min(tokens, context_length(model) // 2) for tokens in PROMPTS]
     clock = _Clock(str(model.device))
     plain = Loaded((), None, None, None)
     with executor.attached(plain, "stacked"):
+        slow = clock.seconds(partial(_forward, model, 1, PROMPTS[0])) > SLOW
+        prompts = [min(tokens, context_length(model) // 2) for tokens in (SLOW_PROMPTS if slow else PROMPTS)]
         for tokens in prompts:
             yield Point("base prefill", tokens, 0, 0, clock.seconds(partial(_forward, model, 1, tokens)))
         for rows in ROWS:
@@ -122,10 +133,12 @@ class _Clock:
         self._begun = time.perf_counter()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """How long `work` takes, after one time that does not count."""
-        work()
+        """How long `work` takes, after one time that does not count, while there is time for that."""
+        hurried = time.perf_counter() - self._begun > ENOUGH
+        if not hurried:
+            work()
         found = []
-        for _ in range(REPEATS if time.perf_counter() - self._begun < ENOUGH else 1):
+        for _ in range(1 if hurried else REPEATS):
             begun = self._now()
             work()
             found.append(self._now() - begun)

@@ -31,6 +31,7 @@ from localmoe.packing import Passage, token_nll
 from localmoe.quantisation import quantise
 from localmoe.routing import Mix
 from localmoe.runtime.answers import Answer, Seconds, Stream
+from localmoe.runtime.calibration import on_demand
 from localmoe.runtime.drawing import draw
 from localmoe.runtime.execution import Executor, Loaded, Way, rounded
 from localmoe.runtime.generation import Memory, prompt_tokens
@@ -259,8 +260,9 @@ def open_engine(
     if not as the bank says; without a β it is the bank's, or found anew where `active` is not what its build asked for.
     base_variant: allow other weights than the bank was built for (every answer says so). execution: how mixes run,
     and what stays in memory. quantised: round the base to "int8", once it is known to be the bank's; then it is a
-    variant too. Raises BankError for a base of another architecture, other weights, or another encoder; ConfigError if
-    β cannot be found; UsageError where a base cannot be quantised.
+    variant too. With execution "auto" the first choice on a machine measures it, for a few seconds. Raises BankError for
+    a base of another architecture, other weights, or another encoder; ConfigError if β cannot be found; UsageError where
+    a base cannot be quantised.
     """
     opened = Bank.open(Path(bank))
     manifest, routing = opened.manifest, _routing(opened, config)
@@ -276,15 +278,10 @@ def open_engine(
     sentence = open_encoder(opened, encoder, (model, tokenizer))
     if quantised is not None:
         quantise(model, quantised)
-    return Engine(
-        opened,
-        model,
-        tokenizer,
-        sentence,
-        routing,
-        base_variant=found != mark or quantised is not None,
-        execution=execution,
-    )
+    variant = found != mark or quantised is not None
+    engine = Engine(opened, model, tokenizer, sentence, routing, variant, execution)
+    engine.executor.planner = on_demand(engine.executor)
+    return engine
 
 
 def _check_base(wanted: Fingerprint, found: Fingerprint, name: str, where: str, variant: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from localmoe.quantities import duration_text
-from localmoe.terminal.screen import table
+from localmoe.terminal.screen import remarks, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from localmoe.runtime.engine import Engine
     from localmoe.runtime.execution.choice import Choice
     from localmoe.runtime.explanation import Explanation
+
+
+def calibrate(engine: Engine) -> None:
+    """Measures the machine where an engine that chooses by itself is new to it; says so."""
+    from localmoe.runtime import calibration
+
+    executor = engine.executor
+    if executor.config.execution == "auto" and not calibration.known(executor):
+        with remarks().status("measuring this machine, once, to know the fastest way to run a mix"):
+            calibration.planner(executor)
 
 
 def explain_data(engine: Engine, prompt: str, config: GenerateConfig) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import pytest
 import tiny
 
 from localmoe import open as open_bank
+from localmoe.config import GenerateConfig
 from localmoe.runtime import calibration
-from localmoe.runtime.planner import PHASES
+from localmoe.runtime.planner import PHASES, CalibratedPlanner, Calibration
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +31,21 @@ def test_a_machine_is_calibrated_once(executor: Any, monkeypatch: pytest.MonkeyP
     made = calibration.planner(executor)
     monkeypatch.setattr(calibration, "measure", lambda _: pytest.fail("measured again"))
     assert calibration.planner(executor) == made
+
+
+def test_an_opened_bank_chooses_by_what_its_machine_was_measured_to_take(
+    tiny_bank: Any, tiny_base: Any, tiny_encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cheap = dict.fromkeys(PHASES, (0.001, 0.0, 0.0, 0.0))
+    for phase, way in (("beside prefill", "dense"), ("base prefill", "stacked")):
+        found = Calibration(cheap | {phase: (1.0, 0.0, 0.0, 0.0)})
+        monkeypatch.setattr(calibration, "planner", lambda _, found=found: CalibratedPlanner(found))
+        engine = open_bank(tiny_bank, str(tiny_base), str(tiny_encoder))
+        answer = engine.generate("the ferry left", GenerateConfig(max_new_tokens=3))
+        assert answer.choice is not None and answer.choice.prefill == way
+
+
+def test_a_slow_base_is_measured_with_short_prompts(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "SLOW", 0.0)
+    prompts = {point.tokens for point in calibration.measure(executor) if point.phase == "base prefill"}
+    assert prompts == set(calibration.SLOW_PROMPTS)

@@ -61,6 +61,9 @@ class Active:
         return sum(sum(expert.ranks) / len(expert.ranks) for expert in self.experts)
 
 
+_APART = 48 * 2**20  # bytes; a core that rewrites sooner what another core has just read waits for that core's cache
+
+
 class Factors(NamedTuple):
     """The factors of one block: A per group, transposed, [d_in, Σ R_t]; Bt per target [R_t, d_out]."""
 
@@ -71,14 +74,15 @@ class Factors(NamedTuple):
 class Workspace:
     """Memory for the factors of one block at a time, or of all blocks (`whole`).
 
-    One block at a time stays in the processor's cache and costs one read of the experts; all blocks are for factors
-    that are read again at every token. `merge_shared`: experts that share A become one of their rank, Σ w_k B_k.
+    One block at a time costs little memory: on a processor, blocks take turns in `_APART` bytes (or in one block's, if
+    that is more). All blocks are for factors that are read again at every token. `merge_shared`: experts that share A become
+    one of their rank, Σ w_k B_k.
     """
 
     def __init__(self, layout: Layout, whole: bool) -> None:
         self._layout = layout
         self._whole = whole
-        self._memory: dict[int | torch.device, Tensor] = {}
+        self._memory: dict[object, Tensor] = {}
         self._views: dict[int, tuple[tuple[object, ...], Factors]] = {}
 
     @property
@@ -119,7 +123,8 @@ class Workspace:
 
     def _flat(self, index: int, size: int) -> Tensor:
         device = self._layout.blocks[index].device
-        key = index if self._whole else device
+        turns = max(1, _APART // max(1, size * self._layout.dtype.itemsize)) if device.type == "cpu" else 1
+        key = index if self._whole else (device, index % turns)
         if key not in self._memory or self._memory[key].numel() < size:
             with torch.inference_mode(False):  # what is made in that mode cannot be written outside it
                 self._memory[key] = torch.empty(size, dtype=self._layout.dtype, device=device)
