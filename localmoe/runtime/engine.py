@@ -260,9 +260,9 @@ def open_engine(
     if not as the bank says; without a β it is the bank's, or found anew where `active` is not what its build asked for.
     base_variant: allow other weights than the bank was built for (every answer says so). execution: how mixes run,
     and what stays in memory. quantised: round the base to "int8", once it is known to be the bank's; then it is a
-    variant too. With execution "auto" the first choice on a machine measures it, for a few seconds. Raises BankError for
-    a base of another architecture, other weights, or another encoder; ConfigError if β cannot be found; UsageError where
-    a base cannot be quantised.
+    variant too. With execution "auto" the first choice on a machine measures it, for a few seconds.
+    Raises BankError for a base of another architecture, other weights, or another encoder; ConfigError if β cannot be
+    found; UsageError where a base cannot be quantised.
     """
     opened = Bank.open(Path(bank))
     manifest, routing = opened.manifest, _routing(opened, config)

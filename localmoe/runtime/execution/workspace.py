@@ -75,8 +75,8 @@ class Workspace:
     """Memory for the factors of one block at a time, or of all blocks (`whole`).
 
     One block at a time costs little memory: on a processor, blocks take turns in `_APART` bytes (or in one block's, if
-    that is more). All blocks are for factors that are read again at every token. `merge_shared`: experts that share A become
-    one of their rank, Σ w_k B_k.
+    that is more). All blocks are for factors that are read again at every token.
+    `merge_shared`: experts that share A become one of their rank, Σ w_k B_k.
     """
 
     def __init__(self, layout: Layout, whole: bool) -> None:
