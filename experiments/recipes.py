@@ -33,8 +33,8 @@ from localmoe.train.training import fresh_adapter, train
 
 TEST, LENGTH = 250, 256
 BETAS = (0.0, 0.03, 0.06, 0.1)
-Known = dict[tuple[int, float, float], list[float]]
-"""Suffix nll of every fine-tune by rank, rate and passes."""
+Known = dict[tuple[int, int, float, float, float], Adapter]
+"""Adapters trained on all documents, by rank, batch, rate, passes and floor."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Setting:
     expert: float = 1.0
     floor: float = 1.0
     expert_rate: float = 1.0
+    batch: int = 4
+    expert_batch: int = 4
+    expert_warmup: float = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +86,11 @@ def fit(
     passes: float,
     floor: float,
     seed: int,
+    expert: bool = False,
 ) -> Adapter:
-    """One training run."""
-    config = TrainConfig(rank=setting.rank, alpha=setting.rank)
+    """One training run; that of an expert has a batch and a warm-up of its own."""
+    batch, warmup = (setting.expert_batch, setting.expert_warmup) if expert else (setting.batch, 0.05)
+    config = TrainConfig(rank=setting.rank, alpha=setting.rank, batch=batch, warmup=warmup)
     tokens = round(passes * sum(passage.predicted for passage in passages))
     return train(lab.model, passages, start, config, rate, seed, tokens, floor=floor).adapter
 
@@ -102,30 +107,29 @@ def score(lab: Laboratory, adapters: list[Adapter], weights: torch.Tensor | None
     return totals
 
 
-def fine_tuned(lab: Laboratory, setting: Setting, rates: list[float], known: Known) -> tuple[float, list[float]]:
-    """The fine-tune's best rate and its suffix nll; `known` keeps what was trained for other settings."""
-    passes = setting.trunk + setting.expert
-    for rate in rates:
-        key = (setting.rank, rate, passes)
-        if key not in known:
-            fresh = fresh_adapter(lab.model, TrainConfig(rank=setting.rank, alpha=setting.rank), 0)
-            known[key] = score(lab, [fit(lab, lab.train, fresh, setting, rate, passes, 0.0, 0)], None)
-    best = min(rates, key=lambda rate: sum(known[setting.rank, rate, passes]))
-    return best, known[setting.rank, best, passes]
+def on_all(lab: Laboratory, setting: Setting, rate: float, passes: float, floor: float, known: Known) -> Adapter:
+    """One adapter trained on all documents; `known` keeps it for other settings."""
+    key = (setting.rank, setting.batch, rate, passes, floor)
+    if key not in known:
+        fresh = fresh_adapter(lab.model, TrainConfig(rank=setting.rank, alpha=setting.rank), 0)
+        known[key] = fit(lab, lab.train, fresh, setting, rate, passes, floor, 0)
+    return known[key]
 
 
 def measure(lab: Laboratory, setting: Setting, rates: list[float], known: Known) -> dict[str, Any]:
     """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""
-    best, baseline = fine_tuned(lab, setting, rates, known)
-    fresh = fresh_adapter(lab.model, TrainConfig(rank=setting.rank, alpha=setting.rank), 0)
-    trunk = fit(lab, lab.train, fresh, setting, setting.rate, setting.trunk, setting.floor, 0)
+    passes = setting.trunk + setting.expert
+    tuned = {rate: score(lab, [on_all(lab, setting, rate, passes, 0.0, known)], None) for rate in rates}
+    best = min(tuned, key=lambda rate: sum(tuned[rate]))
+    baseline = tuned[best]
+    trunk = on_all(lab, setting, setting.rate, setting.trunk, setting.floor, known)
     tokens = np.array([len(passage) for passage in lab.train])
     found = bisect(lab.documents, ClusterConfig(min_tokens=2000), setting.clusters, tokens, 0)
     experts = []
     for k in range(len(found.centroids)):
         members = [lab.train[row] for row in np.flatnonzero(found.assignment == k)]
         rate = setting.rate * setting.expert_rate
-        experts.append(fit(lab, members, trunk, setting, rate, setting.expert, 0.0, k + 1))
+        experts.append(fit(lab, members, trunk, setting, rate, setting.expert, 0.0, k + 1, expert=True))
     counts = [passage.predicted for passage in lab.test]
     scores = torch.from_numpy(lab.queries).double() @ torch.from_numpy(found.centroids).double().T
     rows = []

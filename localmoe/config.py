@@ -100,6 +100,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SearchConfig:
+    """Learning rates that are tried before a bank is built; the best one builds it."""
+
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Multiples of `train.learning_rate`; a best one at the edge widens the search; none = that rate as it is."""
+    tokens: Positive = 200_000
+    """Tokens that each trial trains on, at most."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class RouteConfig:
     """How a prompt's embedding becomes weights over experts (specification, "Routing")."""
 
@@ -184,6 +194,7 @@ class BuildConfig:
     """Keep the documents' texts in the bank (nearest documents, map hover, test-time training need them)."""
     corpus: CorpusConfig = CorpusConfig()
     cluster: ClusterConfig = ClusterConfig()
+    search: SearchConfig = SearchConfig()
     train: TrainConfig = TrainConfig()
     route: RouteConfig = RouteConfig()
 

@@ -114,6 +114,16 @@ def build_options(function: F) -> F:
         knob("--rank", "train.rank", "Rank of every update.", type=int, panel=experts),
         knob("--epochs", "train.epochs", "Passes of each expert over its documents.", type=float, panel=experts),
         knob("--learning-rate", "train.learning_rate", "Peak rate of the trunk.", type=float, panel=experts),
+        knob(
+            "--try-rate",
+            "search.rates",
+            "Try this multiple of the rate first, e.g. 0.5; may be repeated, the best one builds the bank.",
+            "none",
+            type=float,
+            multiple=True,
+            metavar="FACTOR",
+            panel=experts,
+        ),
         knob("--active", "route.active", "Wanted mean number of active experts.", type=float, panel=experts),
         knob("--seed", "seed", "Seed of split, clustering and training.", type=int, panel=experts),
     ]

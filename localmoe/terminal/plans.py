@@ -83,6 +83,7 @@ def _show_clusters(console: Console, plan: Plan) -> None:
 
 
 def _time_text(times: Times) -> str:
-    stages = [("embedding", times.embed), ("trunk", times.trunk), ("experts", times.experts), ("checks", times.checks)]
-    parts = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in stages if seconds)
+    stages = ["embedding", "rates", "trunk", "experts", "checks"]
+    seconds = [times.embed, times.rates, times.trunk, times.experts, times.checks]
+    parts = ", ".join(f"{name} {duration_text(each)}" for name, each in zip(stages, seconds, strict=True) if each)
     return f"about {duration_text(times.total)}: {parts} ({times.tokens_per_second:,.0f} tokens/s, measured now)"

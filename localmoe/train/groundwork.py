@@ -35,6 +35,8 @@ class Groundwork:
     clusters: Clusters
     tune: tuple[tuple[int, ...], ...]
     """For every cluster the tune documents that its expert is checked on."""
+    learning_rate: float
+    """Peak rate of the trunk: as configured, or as found."""
 
     @property
     def expert_ids(self) -> tuple[str, ...]:
@@ -56,7 +58,7 @@ class Groundwork:
             revision=self.config.revision,
             base_id=name_in_bank(self.config.base),
             config=config,
-            learning_rate=config.learning_rate * (config.expert_rate if start is not None else 1.0),
+            learning_rate=self.learning_rate * (config.expert_rate if start is not None else 1.0),
             epochs=config.trunk_epochs if name == TRUNK else config.epochs,
             floor=min(1.0, config.expert_rate) if name == TRUNK else 0.0,
             seed=seed,

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,7 @@ from localmoe.train.documents import Document
 from localmoe.train.experts import AdapterResult, Map
 from localmoe.train.groundwork import TRUNK, Groundwork, check_settings, checked_on, name_in_bank
 from localmoe.train.progress import Event, Stage, Watch, unwatched
+from localmoe.train.rates import search
 from localmoe.train.records import choose_router, expert_records, write_files
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.training import adapter_bytes, threads
@@ -96,7 +98,9 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     embeddings = _embed(work, encoder, rows, watch)
     clusters = _cluster(work, embeddings, rows, config, watch)
     _check_disk(path, model, config, len(clusters.access))
-    ground = Groundwork(path, work, config, rows, clusters, checked_on(rows, clusters, embeddings))
+    checked = checked_on(rows, clusters, embeddings)
+    ground = Groundwork(path, work, config, rows, clusters, checked, config.train.learning_rate)
+    ground = replace(ground, learning_rate=search(ground, watch))
     trunk = _train_trunk(ground, watch)
     experts = expert_records(ground, _train_experts(ground, trunk, map, watch))
     base_id, encoder_id = name_in_bank(config.base), name_in_bank(config.encoder)

@@ -42,6 +42,8 @@ class Times:
     """Seconds that each stage of a build would take on this machine, as it is now."""
 
     embed: float
+    rates: float
+    """Trials of the rates that are asked for; a best one at the edge takes more."""
     trunk: float
     experts: float
     checks: float
@@ -51,7 +53,7 @@ class Times:
     @property
     def total(self) -> float:
         """All stages."""
-        return self.embed + self.trunk + self.experts + self.checks
+        return self.embed + self.rates + self.trunk + self.experts + self.checks
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def _times(
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
     return Times(
         embed=(len(rows.ids) - len(rows.where("unused")) + len(tune)) / documents_per_second,
+        rates=len(config.search.rates) * min(config.search.tokens, public) / speed,
         trunk=0.0 if config.train.recipe == "paper" else public / speed,
         experts=train_tokens / speed,
         checks=2 * checked * length / check_speed,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from localmoe.config import BuildConfig, ClusterConfig, TrainConfig
+from localmoe.config import BuildConfig, ClusterConfig, SearchConfig, TrainConfig
 from localmoe.errors import CorpusError
 from localmoe.train import plan as planning
 from localmoe.train.plan import AMPLE, SCARCE, Plan, advice, plan
@@ -76,6 +76,7 @@ def test_times_follow_from_tokens_and_measured_speed(tiny_corpus: Path, config: 
     assert times is not None
     assert times.experts == pytest.approx(2 * found.tokens["train"] / times.tokens_per_second)
     assert times.trunk == pytest.approx(times.experts / 4)  # every document is public
+    assert times.rates == 0
     assert times.total == times.embed + times.trunk + times.experts + times.checks
     assert min(times.embed, times.checks) > 0
     assert any(event.stage == "trunk" and event.done > 0 for event in events)
@@ -118,3 +119,9 @@ def test_the_advice_turns_where_an_adapter_is_full(tiny_corpus: Path, config: Bu
     assert 0.3 < found.explained < 1  # four topics without a common word
     for ratio, word in ((AMPLE, "likely to pay"), (2 * SCARCE, "measure it"), (SCARCE / 2, "scarce")):
         assert word in advice(replace(found, tokens_per_parameter=ratio))
+
+
+def test_rates_to_try_take_time_too(tiny_corpus: Path, config: BuildConfig) -> None:
+    found = _measured(tiny_corpus, replace(config, search=SearchConfig((0.5, 1, 2), tokens=100)), [])
+    assert found.times is not None
+    assert found.times.rates == pytest.approx(300 / found.times.tokens_per_second)

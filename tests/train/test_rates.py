@@ -1,0 +1,107 @@
+"""The search for a rate: over the edge, resumed, without judges, and what the bank is then built with."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import localmoe
+from localmoe.config import BuildConfig, SearchConfig
+from localmoe.train import rates
+from localmoe.train.progress import Event
+from localmoe.train.rates import best_of
+from localmoe.train.training import DivergedError
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1.0, {0.5, 1.0, 2.0}),
+        (4.0, {0.5, 1.0, 2.0, 4.0, 8.0}),
+        (0.25, {0.125, 0.25, 0.5, 1.0, 2.0}),
+        (1000.0, {0.5, 1.0, 2.0, 4.0, 8.0, 16.0}),
+    ],
+)
+def test_a_best_rate_at_the_edge_widens_the_search(best: float, tried: set[float]) -> None:
+    found = best_of((1.0, 0.5, 2.0), lambda factor: abs(math.log(factor / best)))
+    assert set(found) == tried
+    assert min(found, key=found.__getitem__) == (best if best in tried else 16.0)
+
+
+def test_a_single_rate_is_taken_as_it_is() -> None:
+    assert best_of((0.7,), lambda _: 1.0) == {0.7: 1.0}
+
+
+@pytest.fixture
+def config(tiny_base: Path, tiny_encoder: Path) -> BuildConfig:
+    made = tiny.tiny_config(tiny_base, tiny_encoder)
+    return dataclasses.replace(made, search=SearchConfig((0.01, 1.0), tokens=2_000))
+
+
+def test_a_bank_is_built_at_the_rate_that_tune_documents_like_best(
+    tmp_path: Path, tiny_corpus: Path, config: BuildConfig
+) -> None:
+    events: list[Event] = []
+    bank = localmoe.build(tiny_corpus, tmp_path / "bank", config, watch=events.append)
+    note = next(event.note for event in events if event.stage == "rates" and event.note)
+    trunk = bank.manifest.trunk
+    assert trunk is not None and trunk.training is not None
+    assert f"rate {trunk.training.learning_rate:g}, by nats a token on" in note
+    told = {float(rate): float(nll) for rate, nll in (pair.split(": ") for pair in _told(note))}
+    assert min(told, key=told.__getitem__) == pytest.approx(trunk.training.learning_rate)
+    assert len(told) >= 3  # one of two rates is at the edge
+    experts = {e.adapter.training.learning_rate for e in bank.manifest.experts if e.adapter and e.adapter.training}
+    assert experts == {trunk.training.learning_rate * config.train.expert_rate}
+
+
+def test_trials_that_are_done_are_not_run_again(
+    tmp_path: Path, tiny_corpus: Path, config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, stopped = rates._measured, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal stopped
+        stopped += 1
+        if stopped == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(rates, "_measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        localmoe.build(tiny_corpus, tmp_path / "bank", config)
+    localmoe.build(tiny_corpus, tmp_path / "bank", config)
+    monkeypatch.setattr(rates, "_measured", measured)
+    whole = localmoe.build(tiny_corpus, tmp_path / "other", config)
+    assert stopped > 2
+    assert localmoe.Bank.open(tmp_path / "bank").manifest.trunk == whole.manifest.trunk
+
+
+def test_rates_that_diverge_lose_and_where_all_do_the_asked_one_is_used(
+    tmp_path: Path, tiny_corpus: Path, config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*arguments: Any) -> Any:
+        raise DivergedError("the loss became nan")
+
+    monkeypatch.setattr(rates, "train", diverge)
+    events: list[Event] = []
+    bank = localmoe.build(tiny_corpus, tmp_path / "bank", config, watch=events.append)
+    assert any("every rate diverged" in event.note for event in events)
+    trunk = bank.manifest.trunk
+    assert trunk is not None and trunk.training is not None
+    assert trunk.training.learning_rate == config.train.learning_rate
+
+
+def test_without_tune_documents_nothing_is_tried_and_it_is_said(
+    tmp_path: Path, tiny_corpus: Path, config: BuildConfig
+) -> None:
+    events: list[Event] = []
+    without = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tune_fraction=0.0))
+    localmoe.build(tiny_corpus, tmp_path / "bank", without, watch=events.append)
+    assert any("no rates were tried" in event.note for event in events if event.stage == "rates")
+
+
+def _told(note: str) -> list[str]:
+    return note.partition("(")[2].removesuffix(")").split(", ")
