@@ -15,7 +15,7 @@ from localmoe.evaluate.entropies import entropies
 from localmoe.evaluate.protocol import Trial
 from localmoe.models import packed
 from localmoe.packing import token_nll
-from localmoe.routing import Mix, find_beta, route, similarities, sparse_softmax
+from localmoe.routing import ON_MEANS, Mix, beta_scores, find_beta, route, similarities, sparse_softmax
 from localmoe.runtime.engine import base_mix
 
 _NEW_TOKENS = 8  # generated per timed prompt: the first, and the mean of those after it
@@ -32,12 +32,12 @@ def routed(bench: Bench, config: RouteConfig) -> tuple[list[Mix], tuple[float, .
     return mixes, tuple(seconds)
 
 
-def with_active(bench: Bench, active: float) -> RouteConfig:
+def with_active(bench: Bench, active: float, router: str = "sparse_softmax") -> RouteConfig:
     """Routing with so many active experts on average: β found on the queries of the tune documents."""
     config = bench.engine.config
-    scores = similarities(bench.tune_queries, bench.engine.router.centroids)
+    scores = beta_scores(bench.tune_queries, bench.engine.router.centroids, router)
     beta = find_beta(scores, active, config.tau, config.max_experts).beta
-    return replace(config, router="sparse_softmax", beta=beta, active=active)
+    return replace(config, router=router, beta=beta, active=active)
 
 
 def score_mixes(bench: Bench, mixes: Sequence[Mix], select: Sequence[float], title: str) -> Scores:
@@ -99,17 +99,26 @@ for _active in (1, 3, 10):
     methods.register(f"merged-{_active}")(_merged_with(_active))
 
 
+def by_router(bench: Bench, name: str) -> RouteConfig:
+    """Routing as the bank does, but by another router; one whose scores are not the bank's gets a β of its own."""
+    own = bench.engine.config
+    if name in ON_MEANS and own.router != name:
+        return with_active(bench, own.active, name)
+    return replace(own, router=name)
+
+
 def _by_router(name: str) -> Callable[[Bench], Scores]:
     def method(bench: Bench) -> Scores:
-        config = replace(bench.engine.config, router=name)
+        config = by_router(bench, name)
         mixes, select = routed(bench, config)
-        return score_mixes(bench, mixes, select, name)
+        detail = {"beta": config.beta, "active": config.active, "sift_lambda": config.sift_lambda}
+        return replace(score_mixes(bench, mixes, select, name), detail=detail)
 
     method.__doc__ = f"Merged by the mixes of the router {name!r}."
     return method
 
 
-for _name in ("nearest", "uniform"):
+for _name in ("nearest", "uniform", "sift", "members"):
     methods.register(_name)(_by_router(_name))
 
 

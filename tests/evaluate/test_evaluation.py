@@ -18,12 +18,12 @@ from localmoe.evaluate import evaluation, leaks
 from localmoe.evaluate.baselines import fine_tuned_adapter, nearest_documents
 from localmoe.evaluate.bench import Bench, NotPossibleError, methods
 from localmoe.evaluate.evaluation import LeakError, closed_gap, evaluate
-from localmoe.evaluate.merged import ensemble_nll, exchanged
+from localmoe.evaluate.merged import by_router, ensemble_nll, exchanged
 from localmoe.evaluate.protocol import Cut, trials_of
 from localmoe.evaluate.results import Results, read_results
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.ttt import train_and_score
-from localmoe.routing import Mix
+from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
 from localmoe.train.work import Work
 
@@ -106,6 +106,51 @@ def test_one_expert_active_is_the_nearest_router(results: Results) -> None:
     nearest, one = results.method("nearest"), results.method("merged-1")
     assert nearest is not None and one is not None
     assert one.nll == pytest.approx(nearest.nll) and one.active_max == 1
+
+
+def test_members_finds_a_beta_of_its_own_for_the_number_of_experts_that_the_bank_wants(
+    results: Results, bench: Bench
+) -> None:
+    members, own = results.method("members"), bench.engine.config
+    assert members is not None and own.router == "sparse_softmax"
+    scores = mean_similarities(bench.tune_queries, bench.engine.router.centroids)
+
+    def active(beta: float) -> float:
+        return float((torch.softmax(scores / beta, 1) > own.tau).sum(1).double().mean())
+
+    assert active(members.detail["beta"]) <= own.active < active(members.detail["beta"] * 1.05)
+    weights = torch.softmax(
+        mean_similarities(bench.queries, bench.engine.router.centroids) / members.detail["beta"], 1
+    ).sub(own.tau)
+    best = weights.relu() / weights.relu().sum(1, keepdim=True)
+    for row, (names, given) in zip(best, members.detail["mixes"], strict=True):
+        known = dict(zip(bench.engine.router.centroids.experts, row.tolist(), strict=True))
+        assert {name: weight for name, weight in known.items() if weight > 0} == pytest.approx(
+            dict(zip(names, given, strict=True)), abs=1e-6
+        )
+
+
+def test_sift_weighs_the_nearest_experts_as_many_as_the_bank_wants(results: Results, bench: Bench) -> None:
+    sift, centroids = results.method("sift"), bench.engine.router.centroids
+    assert sift is not None and bench.engine.config.active == 2
+    near = similarities(bench.queries, centroids)
+    vectors, noise = centroids.vectors.double(), bench.engine.config.sift_lambda
+    for row, (names, weights) in zip(near, sift.detail["mixes"], strict=True):
+        chosen = row.argsort(descending=True)[:2].tolist()
+        variance = [1.0]
+        for count in (1, 2):
+            k, phi = row[chosen[:count]], vectors[chosen[:count]]
+            variance.append(float(1 - k @ torch.linalg.inv(phi @ phi.T + noise * torch.eye(count)) @ k))
+        drops = [variance[0] - variance[1], variance[1] - variance[2]]
+        expected = {centroids.experts[k]: drop / sum(drops) for k, drop in zip(chosen, drops, strict=True)}
+        assert dict(zip(names, weights, strict=True)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_router_that_the_bank_ships_keeps_its_beta(engine: Engine, bench: Bench) -> None:
+    shipped = replace(engine.config, router="members", beta=0.123)
+    other = Engine(engine.bank, engine.model, engine.tokenizer, engine.encoder, shipped)
+    assert by_router(replace(bench, engine=other), "members") == shipped
+    assert by_router(replace(bench, engine=other), "sift") == replace(shipped, router="sift")
 
 
 def test_an_ensemble_mixes_probabilities_not_logits(bench: Bench) -> None:
