@@ -20,7 +20,7 @@ measure() { # name, corpus, prefix, length, settings of the build ... -- setting
 }
 
 small=(--base "$work/laboratory/model" --encoder static --clusters 12 --min-tokens 4000 --rank 4 --set train.alpha=4
-    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set train.threads=1)
+    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set threads=1)
 methods=base,trunk,merged,fine-tuned,merged-1,uniform,null,ensemble,ttt-trunk,merged-10
 tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=30 --set ttt.rate=3e-3)
@@ -42,7 +42,7 @@ for part in $parts; do
             "${tuned[@]}" ;;
     python)
         measure python "$work/python.jsonl" 100 384 --base $base --sample-tokens 50000 --clusters 8 --min-tokens 2500 \
-            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.6 --learning-rate 4e-3 --set train.threads=1 -- \
+            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.6 --learning-rate 4e-3 --set threads=1 -- \
             --documents 160 --set fine_tune.tune_tokens=20000 --set 'fine_tune.rates=[1.0]' \
             --methods base,trunk,merged,fine-tuned,merged-1,uniform,null ;;
     wikipedia)

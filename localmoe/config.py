@@ -81,22 +81,22 @@ class TrainConfig:
     """Updates are scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
-    expert_rate: Annotated[float, Field(gt=0)] = 1.0
+    expert_rate: Annotated[float, Field(gt=0)] = 0.25
     """Rate at which experts go on from the trunk, as a multiple of `learning_rate`; the trunk falls no further."""
-    trunk_epochs: Annotated[float, Field(gt=0)] = 1.0
+    trunk_epochs: Annotated[float, Field(gt=0)] = 1.5
     """Passes of the trunk over all public documents."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes of each expert over its own documents."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes of each expert over its own documents; none = 0.5 after a trunk, 1 from the base."""
     batch: Positive = 4
     """Passages per step."""
+    expert_batch: Positive | None = None
+    """Passages per step of an expert; none = 1 after a trunk, `batch` from the base."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled decay."""
     warmup: Fraction = 0.05
     """Share of the steps in which the rate rises; it then falls linearly to zero."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
-    threads: Positive | None = None
-    """CPU threads for training; none = all cores. Part of what makes bytes reproducible."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -190,6 +190,8 @@ class BuildConfig:
     """Commit of the base model on the hub."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split, the clustering and the training."""
+    threads: Positive | None = None
+    """CPU threads for training; none = all cores. Part of what makes bytes reproducible."""
     keep_texts: bool = True
     """Keep the documents' texts in the bank (nearest documents, map hover, test-time training need them)."""
     corpus: CorpusConfig = CorpusConfig()

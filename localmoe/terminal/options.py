@@ -112,7 +112,14 @@ def build_options(function: F) -> F:
         knob("--clusters", "cluster.clusters", "Number of experts K.", "by tokens", type=int, panel=experts),
         knob("--min-tokens", "cluster.min_tokens", "Train tokens of an expert at least.", type=int, panel=experts),
         knob("--rank", "train.rank", "Rank of every update.", type=int, panel=experts),
-        knob("--epochs", "train.epochs", "Passes of each expert over its documents.", type=float, panel=experts),
+        knob(
+            "--epochs",
+            "train.epochs",
+            "Passes of each expert over its documents.",
+            "0.5 after a trunk, 1 from the base",
+            type=float,
+            panel=experts,
+        ),
         knob("--learning-rate", "train.learning_rate", "Peak rate of the trunk.", type=float, panel=experts),
         knob(
             "--try-rate",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from localmoe.bank.manifest import AdapterRecord
-from localmoe.config import BuildConfig
+from localmoe.config import BuildConfig, TrainConfig
 from localmoe.errors import ConfigError, UnknownNameError
 from localmoe.models import context_length
 from localmoe.routing import routers
@@ -22,6 +22,10 @@ from localmoe.train.work import Work
 
 TRUNK = "trunk"
 """Name of the task that trains the trunk."""
+EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
+"""Passes of an expert, where the configuration leaves them open."""
+BATCH_AFTER_TRUNK = 1
+"""Passages per step of an expert that goes on from a trunk: it has few of them, and more steps teach it more."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Groundwork:
         self, name: str, seed: int, start: AdapterRecord | None, train: Sequence[int], tune: Sequence[int]
     ) -> AdapterTask:
         """The task to train the adapter `name` on the train documents, and to check it on the tune documents."""
-        config = self.config.train
+        train_config, after_trunk = self.config.train, start is not None
+        config = replace(train_config, batch=expert_batch(train_config, after_trunk)) if name != TRUNK else train_config
         return AdapterTask(
             bank=str(self.path),
             key=self.work.key,
@@ -58,8 +63,8 @@ class Groundwork:
             revision=self.config.revision,
             base_id=name_in_bank(self.config.base),
             config=config,
-            learning_rate=self.learning_rate * (config.expert_rate if start is not None else 1.0),
-            epochs=config.trunk_epochs if name == TRUNK else config.epochs,
+            learning_rate=self.learning_rate * (config.expert_rate if after_trunk else 1.0),
+            epochs=config.trunk_epochs if name == TRUNK else expert_epochs(config, after_trunk),
             floor=min(1.0, config.expert_rate) if name == TRUNK else 0.0,
             seed=seed,
             start=start,
@@ -70,6 +75,20 @@ class Groundwork:
     def tokens(self, rows: Iterable[int], epochs: float) -> int:
         """Tokens that so many passes over these documents see."""
         return round(epochs * int(self.rows.tokens[list(rows)].sum()))
+
+
+def expert_epochs(config: TrainConfig, after_trunk: bool) -> float:
+    """Passes of each expert over its own documents."""
+    if config.epochs is not None:
+        return config.epochs
+    return EPOCHS_AFTER_TRUNK if after_trunk else EPOCHS_FROM_BASE
+
+
+def expert_batch(config: TrainConfig, after_trunk: bool) -> int:
+    """Passages per step of an expert."""
+    if config.expert_batch is not None:
+        return config.expert_batch
+    return BATCH_AFTER_TRUNK if after_trunk else config.batch
 
 
 def check_settings(model: Any, config: BuildConfig) -> None:

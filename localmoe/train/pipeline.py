@@ -64,7 +64,7 @@ def build(
     path = Path(bank)
     _refuse_foreign_folder(path)
     started = time.time()
-    with build_lock(path), threads(config.train.threads):
+    with build_lock(path), threads(config.threads):
         try:
             return _build(source, path, config, map, watch, started)
         finally:

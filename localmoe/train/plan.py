@@ -21,7 +21,7 @@ from localmoe.train.clustering import advised_clusters
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
-from localmoe.train.groundwork import check_settings
+from localmoe.train.groundwork import check_settings, expert_epochs
 from localmoe.train.progress import Event, Watch, unwatched
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.training import adapter_bytes, fresh_adapter, threads, train
@@ -198,9 +198,10 @@ def _sizes(found: Clusters, chosen: np.ndarray, rows: Rows) -> tuple[int, ...]:
 def _times(
     model: Any, work: Work, rows: Rows, found: Clusters, config: BuildConfig, documents_per_second: float, watch: Watch
 ) -> Times:
-    with threads(config.train.threads):
+    with threads(config.threads):
         speed, check_speed = _probe(model, work, rows, config, watch)
-    train_tokens = config.train.epochs * int(rows.tokens[rows.train].sum())
+    after_trunk = config.train.recipe != "paper" and bool(rows.where("train", ()))
+    train_tokens = expert_epochs(config.train, after_trunk) * int(rows.tokens[rows.train].sum())
     public = config.train.trunk_epochs * int(rows.tokens[rows.where("train", ())].sum())
     tune = rows.where("tune")
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0

@@ -289,6 +289,29 @@ def test_the_trunk_falls_to_the_rate_at_which_the_experts_go_on_and_each_makes_i
     assert len(asked) == 5 and set(asked[1:]) == {(0.4 * 1e-2, 1.0, 0.0)}
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, [8, 1]), ({"expert_batch": 3}, [8, 3]), ({"recipe": "paper"}, [8])],
+)
+def test_experts_after_a_trunk_take_more_and_smaller_steps(
+    config: Make,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, Any],
+    expected: list[int],
+) -> None:
+    batches: list[int] = []
+
+    def told(model: Any, passages: Any, start: Any, given: Any, *more: Any) -> Any:
+        batches.append(given.batch)
+        return train(model, passages, start, given, *more)
+
+    monkeypatch.setattr(experts, "train", told)
+    localmoe.build(tiny_corpus, tmp_path / "bank", config(train=asked))
+    assert list(dict.fromkeys(batches)) == expected
+
+
 def test_a_training_that_diverges_is_repeated_at_half_the_rate(
     config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +475,9 @@ def test_chat_records_are_trained_on_answers_only(config: Make, tmp_path: Path) 
 
     chats = [{"prompt": tiny.sentence("sea", n), "completion": "Aye " * n + "captain"} for n in range(1, 7)]
     settings = config(
-        cluster={"clusters": 1}, corpus={"tune_fraction": 0.0, "test_fraction": 0.0, "passage_tokens": 128}
+        cluster={"clusters": 1},
+        corpus={"tune_fraction": 0.0, "test_fraction": 0.0, "passage_tokens": 128},
+        train={"epochs": 1.0},
     )
     bank = localmoe.build(_records(tmp_path / "chats.jsonl", chats), tmp_path / "bank", settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
