@@ -218,12 +218,14 @@ METHODS = (
 
 @dataclass(frozen=True, config=_STRICT)
 class FineTuneConfig:
-    """How the baseline is tuned: one adapter on all train documents, as many tokens as trunk and experts together."""
+    """How the baselines are tuned: fine-tuning on all train documents, as many tokens as trunk and experts together."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
     """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
     ranks: tuple[Positive, ...] = ()
     """Ranks that are tried beside the bank's."""
+    full_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-5, 3e-5, 1e-4)
+    """Rates that are tried for all weights (method fine-tuned-full); a best one at the edge widens the search."""
     tune_tokens: Positive = 200_000
     """Tokens that each trial trains on, at most."""
 

@@ -67,7 +67,7 @@ def pack(passages: Sequence[Passage], device: torch.device | str = "cpu") -> Pac
 
 
 def loss(model: Any, packed: Pack) -> Tensor:
-    """Mean negative log-likelihood (nats) over the labelled tokens; differentiable in the hidden states only."""
+    """Mean negative log-likelihood (nats) over the labelled tokens; differentiable in whatever is trained."""
     head = model.get_output_embeddings()
     hidden = _hidden(model, packed)[packed.rows]
     total: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, packed.targets)  # type: ignore[no-untyped-call]
@@ -103,14 +103,18 @@ def _log_probabilities(hidden: Tensor, head: nn.Linear) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Σ −log softmax(h Wᵀ + b)[target], and its gradient in h, a chunk of rows at a time.
+    """Σ −log softmax(h Wᵀ + b)[target], and its gradients, a chunk of rows at a time.
 
-    The head is frozen, so dh = (softmax − onehot) W can be formed while the logits are there: they are never stored.
+    dh = e W, dW = eᵀ h and db = Σ e, with e = softmax − onehot, are formed while the logits are there: they are never
+    stored. Those of W and b only where the head is trained.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         gradient = torch.empty_like(hidden)
+        _, train_weight, train_bias, _ = ctx.needs_input_grad
+        of_weight = torch.zeros_like(weight) if train_weight else None
+        of_bias = torch.zeros_like(bias) if bias is not None and train_bias else None
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -120,11 +124,16 @@ class _HeadLoss(torch.autograd.Function):
             total -= probabilities.gather(1, chosen).sum()
             probabilities.exp_()
             probabilities.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=torch.float32))
-            torch.mm(probabilities.to(weight.dtype), weight, out=gradient[part])
-        ctx.save_for_backward(gradient)
+            errors = probabilities.to(weight.dtype)
+            torch.mm(errors, weight, out=gradient[part])
+            if of_weight is not None:
+                of_weight.addmm_(errors.t(), hidden[part])
+            if of_bias is not None:
+                of_bias += errors.sum(dim=0)
+        ctx.save_for_backward(gradient, of_weight, of_bias)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if saved is None else saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return (*scaled, None)

@@ -1,5 +1,6 @@
 """Packing: several passages in one row give the losses and gradients that each gives alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,26 @@ def test_loss_and_gradients_are_those_of_peft_and_plain_logits(name: str, tmp_pa
         for mine, own in ((module.A, lora.lora_A["default"]), (module.B, lora.lora_B["default"])):
             torch.testing.assert_close(mine.grad, own.weight.grad, rtol=1e-3, atol=1e-5)
             assert mine.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_gradients_of_all_weights_are_those_of_plain_logits(name: str) -> None:
+    model, passages = copy.deepcopy(tiny.base(name)).requires_grad_(True), tiny.passages(11, 6, 300)
+    passages = [Passage(one.tokens[:60].repeat(len(one) // 60 + 1)[: len(one)], one.labels) for one in passages]
+    passages[-1] = Passage(passages[-1].tokens[:120], passages[-1].labels[:120])
+    losses = []
+    for passage in passages:
+        targets = passage.tokens.masked_fill(~passage.labels, -100)[1:]
+        losses.append(F.cross_entropy(model(passage.tokens[None]).logits[0, :-1], targets, reduction="sum"))
+    (torch.stack(losses).sum() / sum(passage.predicted for passage in passages)).backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    with packed(model):
+        loss(model, pack(passages)).backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == expected.keys()
+    for weight, gradient in expected.items():
+        torch.testing.assert_close(found[weight], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_more_labels_than_one_chunk_of_logits_make_no_difference() -> None:

@@ -25,6 +25,7 @@ from localmoe.lora import Adapter
 from localmoe.models import context_length, needs_transpose
 from localmoe.packing import Passage
 from localmoe.runtime.engine import base_mix
+from localmoe.train.rates import best_of
 from localmoe.train.training import DivergedError, Trained, fresh_adapter, train
 
 FINE_TUNED = "experts/fine-tuned"
@@ -107,16 +108,16 @@ def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:
     """Every rate at the bank's rank, beyond the edge as long as the edge is best; then the other ranks at the best."""
     config, bank = bench.config.fine_tune, bench.build_config.train
-    factors = sorted(config.rates)
-    tried = {factor: _try(bench, passages, bank.learning_rate * factor, bank.rank, tokens) for factor in factors}
-    while True:
-        best = min(tried, key=lambda factor: tried[factor].perplexity)
-        beyond = best * 2 if best == max(tried) else best / 2 if best == min(tried) else None
-        if beyond is None or len(tried) == 1 or len(tried) > len(factors) + 3:
-            break
-        tried[beyond] = _try(bench, passages, bank.learning_rate * beyond, bank.rank, tokens)
+    tried: list[Tried] = []
+
+    def measure(factor: float) -> float:
+        tried.append(_try(bench, passages, bank.learning_rate * factor, bank.rank, tokens))
+        return tried[-1].perplexity
+
+    best_of(config.rates, measure)
+    rate = min(tried, key=lambda trial: trial.perplexity).rate
     others = [rank for rank in config.ranks if rank != bank.rank]
-    return [*tried.values(), *(_try(bench, passages, tried[best].rate, rank, tokens) for rank in others)]
+    return [*tried, *(_try(bench, passages, rate, rank, tokens) for rank in others)]
 
 
 def _try(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int) -> Tried:

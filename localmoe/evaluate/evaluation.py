@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from localmoe.config import EvalConfig, as_dict
 from localmoe.errors import ConfigError, LocalMoEError
-from localmoe.evaluate import baselines, merged, ttt  # noqa: F401 - they register methods
+from localmoe.evaluate import baselines, full, merged, ttt  # noqa: F401 - they register methods
 from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods
 from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
@@ -30,7 +30,7 @@ from localmoe.train.work import Work
 
 DEFAULT = "merged"
 """The method that is what a bank does as it is shipped."""
-BASELINES = ("fine-tuned", "trunk", "base", "ensemble", "ttt-trunk")
+BASELINES = ("fine-tuned", "trunk", "base", "ensemble", "ttt-trunk", "fine-tuned-full")
 """What every method is compared with, where they were scored."""
 
 
@@ -127,7 +127,9 @@ def _key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
 def _training_key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
     """A hash of what decides the fine-tuned baseline, which takes longest: other documents train no other one."""
     cuts = [cut.query, cut.prefix, cut.length, config.near_duplicate]
-    return _hashed(engine, [as_dict(config.fine_tune), config.seed, cuts])
+    tuned = as_dict(config.fine_tune)
+    del tuned["full_rates"]  # they decide another baseline, whose trials are named by their rate
+    return _hashed(engine, [tuned, config.seed, cuts])
 
 
 def _hashed(engine: Engine, values: list[Any]) -> str:

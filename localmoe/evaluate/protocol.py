@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -123,12 +124,18 @@ def score_alone(
     engine: Engine, trials: Sequence[Trial], adapter: Adapter | None, progress: Callable[[int], None]
 ) -> list[float]:
     """Summed nll (nats) of every suffix under the base, or under one adapter for all."""
-    totals: list[float] = []
     beside = attached(engine.model, adapter) if adapter is not None else nullcontext()
-    with engine.merged(base_mix(engine.bank)), beside, packed(engine.model):
+    with engine.merged(base_mix(engine.bank)), beside:
+        return score_model(engine.model, trials, progress)
+
+
+def score_model(model: Any, trials: Sequence[Trial], progress: Callable[[int], None]) -> list[float]:
+    """Summed nll (nats) of every suffix under a model as it is."""
+    totals: list[float] = []
+    with packed(model):
         for start in range(0, len(trials), _BATCH):
             part = [trial.passage for trial in trials[start : start + _BATCH]]
-            totals += [float(nll.double().sum()) for nll in token_nll(engine.model, part)]
+            totals += [float(nll.double().sum()) for nll in token_nll(model, part)]
             progress(len(totals))
     return totals
 

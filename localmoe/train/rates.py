@@ -17,8 +17,8 @@ WIDENED = 3
 """Rates tried beyond those asked for, at most."""
 
 
-def best_of(factors: Sequence[float], measure: Callable[[float], float]) -> dict[float, float]:
-    """`measure` of every factor, and of ×2 or ÷2 beyond the edge for as long as the best one lies there.
+def best_of(factors: Sequence[float], measure: Callable[[float], float], step: float = 2.0) -> dict[float, float]:
+    """`measure` of every factor, and of × or ÷ `step` beyond the edge for as long as the best one lies there.
 
     The smaller the better; a single factor is measured alone. Raises ValueError without one.
     """
@@ -27,7 +27,7 @@ def best_of(factors: Sequence[float], measure: Callable[[float], float]) -> dict
         best = min(tried, key=tried.__getitem__)
         if min(tried) < best < max(tried):
             break
-        beyond = best * 2 if best == max(tried) else best / 2
+        beyond = best * step if best == max(tried) else best / step
         tried[beyond] = measure(beyond)
     return tried
 

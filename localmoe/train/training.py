@@ -83,32 +83,48 @@ def train(
     passages in a new order each time around; none = once around. Equal inputs, seed and threads give equal bytes.
     Raises DivergedError as soon as a loss or a factor is not finite.
     """
-    batches = _batches(passages, config, seed, tokens)
-    steps = len(batches)
-    losses = []
+    batches = batches_of(passages, config, seed, tokens)
     with attached(model, start, train_A=not freeze_A, train_B=True) as modules, packed(model):
         factors = [p for module in modules.values() for p in (module.A, module.B) if p.requires_grad]
-        optimizer = torch.optim.AdamW(factors, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
-        for step, batch in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * schedule(step, steps, config.warmup, floor)
-            value = step_once(model, batch, factors, optimizer, config.clip)
-            losses.append(value)
-            if progress is not None:
-                progress(sum(passage.predicted for passage in batch), value)
-        with torch.no_grad():  # what the last step did, no loss has seen yet
-            _finite(loss(model, pack([min(batches[-1], key=len)], model.device)))
+        losses = descend(model, factors, batches, config, learning_rate, progress, floor)
         adapter = {name: _frozen(module.A, module.B, start[name]) for name, module in modules.items()}
     if not all(bool(u.A.isfinite().all() and u.B.isfinite().all()) for u in adapter.values()):
         raise DivergedError("the factors are not finite after training")
-    window = max(1, steps // 10)
+    window = max(1, len(batches) // 10)
     return Trained(
         adapter,
         tokens=sum(passage.predicted for batch in batches for passage in batch),
-        steps=steps,
+        steps=len(batches),
         first_loss=sum(losses[:window]) / window,
         last_loss=sum(losses[-window:]) / window,
     )
+
+
+def descend(
+    model: Any,
+    parameters: Sequence[Tensor],
+    batches: Sequence[Sequence[Passage]],
+    config: TrainConfig,
+    learning_rate: float,
+    progress: Progress | None = None,
+    floor: float = 0.0,
+) -> list[float]:
+    """One step of AdamW on `parameters` for every batch, as `train` says; the loss of each. The model must be `packed`.
+
+    Raises DivergedError as soon as a loss is not finite, that after the last step too.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, len(batches), config.warmup, floor)
+        value = step_once(model, batch, parameters, optimizer, config.clip)
+        losses.append(value)
+        if progress is not None:
+            progress(sum(passage.predicted for passage in batch), value)
+    with torch.no_grad():  # what the last step did, no loss has seen yet
+        _finite(loss(model, pack([min(batches[-1], key=len)], model.device)))
+    return losses
 
 
 def schedule(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
@@ -121,14 +137,14 @@ def schedule(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
 def step_once(
     model: Any,
     batch: Sequence[Passage],
-    factors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     clip: float,
 ) -> float:
-    """One step of the optimiser on a packed batch; its loss. The model must be `packed` and the factors attached."""
+    """One step of the optimiser on a packed batch; its loss. The model must be `packed` and hold the parameters."""
     value = _finite(loss(model, pack(batch, model.device)))
-    torch.autograd.backward(value, inputs=list(factors))
-    torch.nn.utils.clip_grad_norm_(factors, clip)
+    torch.autograd.backward(value, inputs=list(parameters))
+    torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad()
     return value.item()
@@ -140,8 +156,11 @@ def _finite(value: Tensor) -> Tensor:
     return value
 
 
-def _batches(passages: Sequence[Passage], config: TrainConfig, seed: int, tokens: int | None) -> list[list[Passage]]:
-    """Shuffled anew each epoch; passages without a label are left out, since they teach nothing."""
+def batches_of(passages: Sequence[Passage], config: TrainConfig, seed: int, tokens: int | None) -> list[list[Passage]]:
+    """Batches of so many label tokens at least (none = once around), shuffled anew each time around.
+
+    Passages without a label are left out, since they teach nothing. Raises LocalMoEError if no other is there.
+    """
     useful = [passage for passage in passages if passage.predicted > 0]
     if not useful:
         raise LocalMoEError("no passage has a token to learn from")
