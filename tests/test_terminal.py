@@ -189,6 +189,7 @@ def test_an_evaluation_says_its_verdict_first_and_what_was_left_out() -> None:
     assert text.startswith("merging 3 experts beats the fine-tune by ")
     assert "merged (default)" in text
     assert "The same 40 documents for all" in text
+    assert text.index("merged (default)") < text.index("of the gap from trunk to ttt-trunk")
     assert "ttt was left out: the bank keeps no texts" in text
     assert "all 1 leak checks passed" in text
 

@@ -19,10 +19,11 @@ from localmoe.config import EvalConfig, as_dict
 from localmoe.errors import ConfigError, LocalMoEError
 from localmoe.evaluate import baselines, full, merged, ttt  # noqa: F401 - they register methods
 from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods
+from localmoe.evaluate.gaps import closed_gap
 from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
-from localmoe.evaluate.statistics import compare, gap_share, perplexity
+from localmoe.evaluate.statistics import compare, perplexity
 from localmoe.evaluate.verdicts import verdict
 from localmoe.models import context_length, fingerprint
 from localmoe.runtime.engine import Engine
@@ -271,21 +272,6 @@ def _comparisons(results: Results, seed: int) -> tuple[ComparisonRow, ...]:
 
 def _with_gap(method: MethodResult, results: Results) -> MethodResult:
     """What is shipped also says which share of the way to test-time training it goes."""
-    return replace(method, detail=method.detail | {"gap": closed_gap(results)}) if method.default else method
-
-
-def closed_gap(results: Results, method: str = DEFAULT, near: str = "trunk", far: str = "ttt-trunk") -> dict[str, Any]:
-    """Which share of the gap from `near` to `far` a method closes, on the documents that all three were scored on.
-
-    {"share", "interval", "documents"}, or {"share": None, "found": why} where there is no gap or no such method.
-    """
-    three = [results.method(name) for name in (method, near, far)]
-    if any(one is None for one in three):
-        return {"share": None, "found": f"{method}, {near} and {far} were not all scored"}
-    scored = [dict(zip(one.documents, one.nll, strict=True)) for one in three if one is not None]
-    both = sorted(scored[0].keys() & scored[1].keys() & scored[2].keys())
-    ours, start, goal = ([nll[place] for place in both] for nll in scored)
-    found = gap_share(ours, start, goal)
-    if found is None:
-        return {"share": None, "found": f"{far} is not shown to be better than {near} on these {len(both)} documents"}
-    return {"share": found.share, "interval": [found.low, found.high], "documents": found.documents}
+    return (
+        replace(method, detail=method.detail | {"gap": closed_gap(results, method.name)}) if method.default else method
+    )

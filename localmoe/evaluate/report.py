@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from localmoe.evaluate.drawing import Plot, write_png
+from localmoe.evaluate.gaps import gap_sentence
 from localmoe.evaluate.page import (
     code_part,
     folded,
@@ -57,7 +58,9 @@ def report_markdown(results: Results, shown: list[Plot]) -> str:
     if row is not None:
         lines.append(f"**{_sentence(verdict(row, results))}**\n")
     lines.append(" · ".join(_facts(results)) + "\n")
-    for table in _tables(results):
+    first, *others = _tables(results)
+    lines += [f"## {first.title}\n", markdown(first), *(f"{_sentence(text)}\n" for text in _gap(results))]
+    for table in others:
         lines += [f"## {table.title}\n", markdown(table)]
     for plot in shown:
         lines += [f"## {plot.title}\n", f"![{plot.title}]({plot.name}.png)\n", f"{plot.caption}\n"]
@@ -76,7 +79,7 @@ def report_page(results: Results, shown: list[Plot]) -> str:
         parts.append(verdict_part(_sentence(verdict(row, results)), outcome(*row.interval)))
     parts.append(paragraph(" · ".join(_facts(results))))
     first, *others = _tables(results)
-    parts += [heading(first.title), table_part(first)]
+    parts += [heading(first.title), table_part(first), *(paragraph(_sentence(text), "said") for text in _gap(results))]
     for plot in shown:
         parts += [heading(plot.title), plot_part(plot)]
     for table in others:
@@ -101,6 +104,11 @@ def _tables(results: Results) -> list[Table]:
 
 def _failures(results: Results) -> list[str]:
     return [f"The leak check {check.name!r} failed: {check.found}" for check in results.checks if not check.passed]
+
+
+def _gap(results: Results) -> list[str]:
+    sentence = gap_sentence(results)
+    return [] if sentence is None else [sentence]
 
 
 def _facts(results: Results) -> list[str]:

@@ -17,7 +17,8 @@ from localmoe.errors import ConfigError, UnknownNameError
 from localmoe.evaluate import evaluation, leaks
 from localmoe.evaluate.baselines import fine_tuned_adapter, nearest_documents
 from localmoe.evaluate.bench import Bench, NotPossibleError, methods
-from localmoe.evaluate.evaluation import LeakError, closed_gap, evaluate
+from localmoe.evaluate.evaluation import LeakError, evaluate
+from localmoe.evaluate.gaps import closed_gap
 from localmoe.evaluate.merged import by_router, ensemble_nll, exchanged
 from localmoe.evaluate.protocol import Cut, trials_of
 from localmoe.evaluate.results import Results, read_results
@@ -308,15 +309,7 @@ def test_documents_are_limited_by_expert_and_in_all(engine: Engine, tmp_path: Pa
     assert len(each) == len(set(each))
 
 
-def test_the_share_of_the_gap_to_test_time_training(results: Results) -> None:
-    base, trunk, ttt = (results.method(name) for name in ("base", "trunk", "ttt-trunk"))
-    assert base is not None and trunk is not None and ttt is not None
-    halfway = replace(
-        base, name="merged", nll=tuple((a + b) / 2 for a, b in zip(trunk.nll, ttt.nll, strict=False)), documents=(0, 1)
-    )
-    far = replace(ttt, nll=tuple(nll - 1 for nll in trunk.nll[:2]))
-    given = replace(results, methods=(trunk, far, replace(halfway, nll=tuple(nll - 0.5 for nll in trunk.nll[:2]))))
-    found = closed_gap(given)
-    assert found["share"] == pytest.approx(0.5) and found["interval"] == pytest.approx([0.5, 0.5])
-    none = replace(given, methods=(trunk, replace(far, nll=trunk.nll[:2]), halfway))
-    assert closed_gap(none)["share"] is None
+def test_the_shipped_default_says_which_share_of_the_gap_it_closes(results: Results) -> None:
+    merged = results.method("merged")
+    assert merged is not None and merged.detail["gap"] == closed_gap(results, "merged")
+    assert all("gap" not in method.detail for method in results.methods if not method.default)

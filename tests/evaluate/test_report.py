@@ -9,6 +9,7 @@ import pytest
 
 from localmoe.errors import UsageError
 from localmoe.evaluate.drawing import require_matplotlib, svg
+from localmoe.evaluate.gaps import gap_sentence
 from localmoe.evaluate.page import page, table_part, verdict_part
 from localmoe.evaluate.plots import plots
 from localmoe.evaluate.report import report_markdown, report_page, write_report
@@ -43,6 +44,15 @@ def test_the_verdict_stands_before_the_table(folder: Path) -> None:
         assert found is not None
         assert found.start() < text.index("merged-10")
         assert "localmoe eval bank -o out" in text
+
+
+def test_the_gap_to_test_time_training_is_said_below_the_table(folder: Path, results: Results) -> None:
+    sentence = gap_sentence(results)
+    assert sentence is not None
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text(encoding="utf-8")
+        said = text.index(sentence[1:])
+        assert text.index("merged-10") < said < text.index("Comparisons" if name == "report.md" else "<figure>")
 
 
 def test_a_failed_check_stands_before_the_verdict(results: Results) -> None:

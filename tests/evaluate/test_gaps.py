@@ -1,0 +1,52 @@
+"""Gaps: the share of the way to test-time training, and the sentence that says it or why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import made_results
+import pytest
+
+from localmoe.evaluate.gaps import closed_gap, gap_sentence
+from localmoe.evaluate.results import Results
+
+
+def _made(share: float, gap: float = 1.0) -> Results:
+    """Test-time training `gap` nats better than the trunk on 40 documents, the default `share` of that, on all."""
+    results = made_results.results()
+    trunk, merged, ttt = (results.method(name) for name in ("trunk", "merged", "ttt-trunk"))
+    assert trunk is not None and merged is not None and ttt is not None
+    ours = replace(merged, nll=tuple(nll - share * gap for nll in trunk.nll))
+    far = replace(ttt, nll=tuple(trunk.nll[place] - gap for place in ttt.documents))
+    return replace(results, methods=(trunk, ours, far))
+
+
+def test_half_of_the_way_on_every_document_is_a_half_without_width() -> None:
+    found = closed_gap(_made(0.5), "merged")
+    assert found["share"] == pytest.approx(0.5) and found["interval"] == pytest.approx([0.5, 0.5])
+    assert found["documents"] == len(made_results.TTT)
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.424, "42 % [42, 42]"), (1.19, "119 % [119, 119]")])
+def test_the_share_is_one_sentence(share: float, said: str) -> None:
+    sentence = gap_sentence(_made(share))
+    assert sentence == f"merging 3 experts closes {said} of the gap from trunk to ttt-trunk, on 40 documents"
+
+
+def test_what_an_evaluation_found_is_said_as_it_was_found() -> None:
+    results = _made(0.5)
+    gap = {"share": 0.42, "interval": [0.32, 0.57], "documents": 7}
+    methods = [replace(method, detail={"gap": gap}) if method.default else method for method in results.methods]
+    sentence = gap_sentence(replace(results, methods=tuple(methods)))
+    assert sentence == "merging 3 experts closes 42 % [32, 57] of the gap from trunk to ttt-trunk, on 7 documents"
+
+
+def test_why_there_is_no_share_is_said_too() -> None:
+    results = _made(0.5, gap=0.0)
+    why = "no share of the gap from trunk to ttt-trunk can be told: "
+    assert gap_sentence(results) == f"{why}ttt-trunk is not shown to be better than trunk on these 40 documents"
+    without = [method for method in results.methods if method.name != "ttt-trunk"]
+    assert gap_sentence(replace(results, methods=tuple(without))) == f"{why}ttt-trunk was not scored"
+    alone = [method for method in results.methods if method.default]
+    assert gap_sentence(replace(results, methods=tuple(alone))) == f"{why}trunk and ttt-trunk were not scored"
+    assert gap_sentence(replace(results, methods=())) is None
