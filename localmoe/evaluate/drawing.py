@@ -54,8 +54,8 @@ _STYLE = {
     "svg.hashsalt": "localmoe",
 }
 
-# Shares of the axes: points closer than this are one, a label's width and height.
-_POINT, _LABEL, _LINE = 0.02, 0.16, 0.045
+# Shares of the axes: points closer than the first are one; the size of a point, of a letter, and of a line of text.
+_SAME, _POINT, _LETTER, _LINE = 0.012, 0.02, 0.0125, 0.045
 
 Draw = Callable[[Any], None]
 """Fills a matplotlib Figure."""
@@ -191,33 +191,71 @@ def reference(axes: Any, y: float, name: str, colour: str = FAINT) -> None:
     )
 
 
-def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside points (x logarithmic): right of them, left where another point is in the way; none on another.
+def label_points(
+    axes: Any,
+    points: Sequence[tuple[float, float, str]],
+    bars: Sequence[tuple[float, float, float]] = (),
+    lines: Sequence[float] = (),
+) -> None:
+    """Names beside points (x logarithmic), where they cover least: no point, no other name, bar or line if possible.
 
-    Points that can hardly be told apart share one label.
+    bars: x, low and high of vertical ones; lines: heights of horizontal ones. Points that can hardly be told apart
+    share one name.
     """
     (left, right), (low, high) = np.log(axes.get_xlim()), axes.get_ylim()
-    places = [((np.log(x) - left) / (right - left), (y - low) / (high - low), name) for x, y, name in points]
+
+    def across(x: float) -> float:
+        return float((np.log(x) - left) / (right - left))
+
+    def up(y: float) -> float:
+        return float((y - low) / (high - low))
+
+    places = [(across(x), up(y), name) for x, y, name in points]
+    taken = [(x - _POINT / 2, y - _POINT, x + _POINT / 2, y + _POINT) for x, y, _ in places]
+    taken += [(across(x) - 0.003, up(bottom), across(x) + 0.003, up(top)) for x, bottom, top in bars]
+    taken += [(0.0, up(y) - 0.002, 1.0, up(y) + 0.002) for y in lines]
+    for group in _alike(places):
+        x, y, _ = group[0]
+        name = ", ".join(name for _, _, name in group)
+        box = min(_beside(x, y, _LETTER * len(name)), key=lambda box: _covered(box, taken))
+        taken.append(box)
+        axes.annotate(name, (box[0], (box[1] + box[3]) / 2), xycoords="axes fraction", va="center", fontsize=8.5)
+
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right and top, as shares of the axes."""
+
+
+def _alike(places: list[tuple[float, float, str]]) -> list[list[tuple[float, float, str]]]:
+    """Places, the highest first; those of points that can hardly be told apart together."""
     groups: list[list[tuple[float, float, str]]] = []
     for place in sorted(places, key=lambda place: -place[1]):
-        same = (g for g in groups if abs(g[0][0] - place[0]) < _POINT and abs(g[0][1] - place[1]) < _POINT)
+        same = (g for g in groups if abs(g[0][0] - place[0]) < _SAME and abs(g[0][1] - place[1]) < _SAME)
         group = next(same, None)
         if group is None:
             groups.append([place])
         else:
             group.append(place)
-    taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for group in groups:
-        x, y, _ = group[0]
-        blocked = any(_POINT < other - x < _LABEL and abs(level - y) < _LINE for other, level, _ in places)
-        while any(abs(x - other) < _LABEL and abs(y - level) < _LINE for other, level in taken[blocked]):
-            y -= _LINE / 2
-        taken[blocked].append((x, y))
-        axes.annotate(
-            ", ".join(name for _, _, name in group),
-            (x + (-0.015 if blocked else 0.015), y),
-            xycoords="axes fraction",
-            va="center",
-            ha="right" if blocked else "left",
-            fontsize=8.5,
-        )
+    return groups
+
+
+def _beside(x: float, y: float, width: float) -> list[Box]:
+    """Where the name of a point may stand, the best first: right, left, above, below, then farther up or down."""
+    half = _LINE / 2
+    found = []
+    for level in (y, y + _LINE, y - _LINE, y + 1.6 * _LINE, y - 1.6 * _LINE):
+        lefts = [x + 0.75 * _POINT, x - 0.75 * _POINT - width, *([] if level == y else [x - width / 2])]
+        found += [(left, level - half, left + width, level + half) for left in lefts]
+    return found
+
+
+def _covered(box: Box, taken: Sequence[Box]) -> float:
+    """Area of a box that others cover, or that is outside the axes, which counts more."""
+    left, bottom, right, top = box
+    area = (right - left) * (top - bottom)
+    inside = max(0.0, min(right, 1) - max(left, 0)) * max(0.0, min(top, 1) - max(bottom, 0))
+    others = (
+        max(0.0, min(right, other[2]) - max(left, other[0])) * max(0.0, min(top, other[3]) - max(bottom, other[1]))
+        for other in taken
+    )
+    return round(10 * (area - inside) + sum(others), 6)  # so that the first of equals is taken

@@ -10,6 +10,8 @@ from localmoe.evaluate.drawing import COLOURS, FAINT, INK, Plot, label_points, p
 from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
 from localmoe.evaluate.statistics import outcome
 from localmoe.evaluate.tables import headline, main_baseline, nll_on
+from localmoe.evaluate.windows import Window, window
+from localmoe.quantities import interval_text, percent
 
 _TONES = {"better": COLOURS[2], "worse": COLOURS[6], "no difference shown": FAINT}
 _FREE = ("base", "trunk", "fine-tuned", "fine-tuned-full")
@@ -21,7 +23,8 @@ def plots(results: Results) -> list[Plot]:
     rows = [row for row in results.comparisons if row.baseline == main_baseline(results)]
     found = []
     if rows:
-        found += [_gain_against_time(results, rows), _forest(results, rows)]
+        shown = window(rows)
+        found += [_gain_against_time(results, rows, shown), _forest(results, rows, shown)]
     row = headline(results)
     if row is not None:
         method, baseline = results.method(row.method), results.method(row.baseline)
@@ -30,7 +33,7 @@ def plots(results: Results) -> list[Plot]:
     return found
 
 
-def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
+def _gain_against_time(results: Results, rows: list[ComparisonRow], shown: Window) -> Plot:
     baseline = rows[0].baseline
     slow = [(row, method) for row in rows if (method := results.method(row.method)) and "added" in method.seconds]
     free = [row for row in rows if row.method in _FREE]
@@ -39,29 +42,20 @@ def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
         axes.set_xscale("log")
-        left = min((method.seconds["added"].p50 for _, method in slow), default=1e-3)
-        right = max((method.seconds["added"].p50 for _, method in slow), default=1.0)
+        times = [method.seconds["added"].p50 for _, method in slow]
+        left, right = min(times, default=1e-3), max(times, default=1.0)
         axes.set_xlim(left / 8, right * 12)
+        axes.set_ylim(shown.low, shown.high)
+        lines = [(0.0, baseline), *((row.gain, row.method) for row in free if shown.edge(row) is None)]
         axes.axhline(0, color=INK, linewidth=0.9)
-        for row in free:
-            axes.axhline(row.gain, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        for row, method in slow:
-            colour = COLOURS[1] if method.default else COLOURS[0]
-            seconds = method.seconds["added"].p50
-            low, high = row.interval
-            axes.errorbar(
-                seconds,
-                row.gain,
-                [[row.gain - low], [high - row.gain]],
-                fmt="o",
-                color=colour,
-                markerfacecolor=colour if row.documents == len(results.documents) else "none",
-                elinewidth=1.1,
-                capsize=2.5,
-                zorder=4 if method.default else 3,
-            )
-        label_points(axes, [(m.seconds["added"].p50, row.gain, row.method) for row, m in slow])
-        _label_lines(axes, right * 11, [(0.0, baseline), *((row.gain, row.method) for row in free)])
+        for gain, _ in lines[1:]:
+            axes.axhline(gain, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        for seconds, (row, _) in zip(times, slow, strict=True):
+            _draw_point(axes, seconds, row, shown, row.documents == len(results.documents))
+        points = [(seconds, *_named(row, shown)) for seconds, (row, _) in zip(times, slow, strict=True)]
+        bars = [(x, *row.interval) for x, (row, _) in zip(times, slow, strict=True) if shown.edge(row) is None]
+        label_points(axes, points, bars, [gain for gain, _ in lines])
+        _label_lines(axes, right * 11, [*lines, *(_named(row, shown) for row in free if shown.edge(row) is not None)])
         seconds_axis(axes.xaxis)
         percent_axis(axes.yaxis)
         axes.set(xlabel="added time per prompt, median", ylabel=f"gain in perplexity over {baseline}")
@@ -70,15 +64,38 @@ def _gain_against_time(results: Results, rows: list[ComparisonRow]) -> Plot:
         "What each method gains for the time that it adds to a prompt (logarithmic). Dashed lines add no time. Bars: "
         "95 % intervals. Orange: the shipped default. Hollow: scored on some of the documents only."
     )
+    caption += shown.caption({row.method for row in rows} - untimed)
     if untimed:
         caption += f" Not timed, and so not here: {', '.join(sorted(untimed))}."
     return Plot("gain-against-time", "Gain against added time", caption, draw)
+
+
+def _draw_point(axes: Any, seconds: float, row: ComparisonRow, shown: Window, everywhere: bool) -> None:
+    """A method that takes time: its gain with a bar, or an arrow at the edge."""
+    colour, edge = COLOURS[1] if row.default else COLOURS[0], shown.edge(row)
+    face = colour if everywhere else "none"
+    if edge is not None:
+        axes.plot(seconds, edge, marker="v" if row in shown.below else "^", color=colour, mfc=face, clip_on=False)
+        return
+    low, high = row.interval
+    bar = [[row.gain - low], [high - row.gain]]
+    look = {"color": colour, "markerfacecolor": face, "elinewidth": 1.1, "capsize": 2.5}
+    axes.errorbar(seconds, row.gain, bar, fmt="o", zorder=4 if row.default else 3, **look)
+
+
+def _named(row: ComparisonRow, shown: Window) -> tuple[float, str]:
+    """Where a method stands, and its name; with arrow and value if that is the edge of the picture."""
+    edge = shown.edge(row)
+    if edge is None:
+        return row.gain, row.method
+    return edge, f"{'↓' if row in shown.below else '↑'} {row.method} {percent(row.gain, signed=True)}"
 
 
 def _label_lines(axes: Any, x: float, lines: list[tuple[float, str]]) -> None:
     """Names at the right end of horizontal lines, above them; those of lines close together share one place."""
     low, high = axes.get_ylim()
     step = (high - low) / 22
+    lines = [(min(y, high - step), name) for y, name in lines]
     groups: list[list[tuple[float, str]]] = []
     for y, name in sorted(lines, reverse=True):
         if groups and groups[-1][0][0] - y < step:
@@ -87,26 +104,19 @@ def _label_lines(axes: Any, x: float, lines: list[tuple[float, str]]) -> None:
             groups.append([(y, name)])
     for group in groups:
         names = ", ".join(name for _, name in group)
-        axes.annotate(names, (x, group[0][0]), ha="right", va="bottom", fontsize=8.5)
+        place = (x, group[0][0])
+        axes.annotate(names, place, (0, 1), textcoords="offset points", ha="right", va="bottom", fontsize=8.5)
 
 
-def _forest(results: Results, rows: list[ComparisonRow]) -> Plot:
+def _forest(results: Results, rows: list[ComparisonRow], shown: Window) -> Plot:
     ordered = sorted(rows, key=lambda row: row.gain)
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
+        axes.set_xlim(shown.low, shown.high)
         axes.axvline(0, color=INK, linewidth=0.9)
         for place, row in enumerate(ordered):
-            low, high = row.interval
-            axes.errorbar(
-                row.gain,
-                place,
-                xerr=[[row.gain - low], [high - row.gain]],
-                fmt="D" if row.default else "o",
-                color=_TONES[outcome(low, high)],
-                elinewidth=2,
-                capsize=3,
-            )
+            _draw_interval(axes, place, row, shown)
         axes.set_yticks(range(len(ordered)), [_forest_label(results, row) for row in ordered])
         for label, row in zip(axes.get_yticklabels(), ordered, strict=True):
             label.set_fontweight("bold" if row.default else "normal")
@@ -119,7 +129,30 @@ def _forest(results: Results, rows: list[ComparisonRow]) -> Plot:
         f"Gain of every method over {ordered[0].baseline} with its 95 % interval: green where all of it is above zero, "
         "red where all of it is below, grey where no difference is shown. Diamond: the shipped default."
     )
+    caption += shown.caption({row.method for row in rows})
     return Plot("gains", "Gains with their intervals", caption, draw, (7.0, 1.1 + 0.3 * len(ordered)))
+
+
+def _draw_interval(axes: Any, place: int, row: ComparisonRow, shown: Window) -> None:
+    """A gain with its interval, or an arrow at the edge with both in words."""
+    low, high = row.interval
+    colour, edge = _TONES[outcome(low, high)], shown.edge(row)
+    if edge is None:
+        bar = [[row.gain - low], [high - row.gain]]
+        axes.errorbar(row.gain, place, xerr=bar, fmt="D" if row.default else "o", color=colour, elinewidth=2, capsize=3)
+        return
+    left = row in shown.below
+    axes.plot(edge, place, marker="<" if left else ">", color=colour, markersize=7, clip_on=False)
+    axes.annotate(
+        interval_text(row.gain, low, high),
+        (edge, place),
+        (8 if left else -8, 0),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="center",
+        fontsize=8.5,
+        color=colour,
+    )
 
 
 def _forest_label(results: Results, row: ComparisonRow) -> str:

@@ -1,20 +1,23 @@
 """The report: files, what stands first, that nothing is fetched, and plots that take the page's colours."""
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import made_results
 import pytest
+from matplotlib.figure import Figure
 
 from localmoe.errors import UsageError
-from localmoe.evaluate.drawing import require_matplotlib, svg
+from localmoe.evaluate.drawing import label_points, require_matplotlib, svg
 from localmoe.evaluate.gaps import gap_sentence
 from localmoe.evaluate.page import page, table_part, verdict_part
 from localmoe.evaluate.plots import plots
 from localmoe.evaluate.report import report_markdown, report_page, write_report
 from localmoe.evaluate.results import Results
 from localmoe.evaluate.tables import Cell, Column, Table
+from localmoe.quantities import percent
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,45 @@ def test_a_method_that_was_not_timed_is_not_drawn_as_if_it_were_free() -> None:
     caption = plots(made)[0].caption
     assert caption.endswith("Not timed, and so not here: ensemble-9.")
     assert "Not timed" not in plots(made_results.results())[0].caption
+
+
+def test_a_method_far_off_is_an_arrow_with_its_value_and_the_caption_says_so() -> None:
+    made = made_results.results(gains=made_results.GAINS | {"base": -2.0, "null": -1.5})
+    time, forest = plots(made)[:2]
+    rows = {row.method: row for row in made.comparisons if row.baseline == "fine-tuned"}
+    for plot in (time, forest):
+        assert "Far outside the picture, and so an arrow at its edge with the value: base, null." in plot.caption
+        canvas = Figure()
+        plot.draw(canvas)
+        texts = " ".join(text.get_text() for text in canvas.axes[0].texts)
+        assert percent(rows["base"].gain, signed=True) in texts and percent(rows["null"].gain, signed=True) in texts
+        limits = canvas.axes[0].get_ylim() if plot is time else canvas.axes[0].get_xlim()
+        assert -0.2 < limits[0] < rows["trunk"].gain and rows["merged"].gain < limits[1] < 0.2
+    assert "Far outside" not in plots(made_results.results())[0].caption
+
+
+def test_names_stand_on_no_point_and_on_no_other_name() -> None:
+    axes = Figure(figsize=(7, 4.2)).subplots()
+    axes.set_xscale("log")
+    axes.set_xlim(1e-3, 10)
+    axes.set_ylim(0, 1)
+    points = [(0.01, 0.5, "merged"), (0.012, 0.52, "merged-1"), (0.013, 0.47, "merged-10"), (0.02, 0.5, "uniform")]
+    label_points(axes, points, [(0.0128, 0.4, 0.6)], [0.5])
+    places = [(math.log(x / 1e-3) / math.log(1e4), y) for x, y, _ in points]
+    boxes = [(*text.xy, 0.0125 * len(text.get_text())) for text in axes.texts]
+    assert len(boxes) == 4
+    for left, middle, width in boxes:
+        assert not any(left < x < left + width and abs(y - middle) < 0.0225 for x, y in places)
+        others = [box for box in boxes if box != (left, middle, width)]
+        assert not any(x < left + width and left < x + w and abs(y - middle) < 0.0449 for x, y, w in others)
+
+
+def test_points_that_cannot_be_told_apart_share_a_name() -> None:
+    axes = Figure().subplots()
+    axes.set_xscale("log")
+    axes.set_xlim(1e-3, 10)
+    label_points(axes, [(0.01, 0.5, "merged"), (0.0101, 0.501, "uniform"), (1.0, 0.5, "ttt")])
+    assert sorted(text.get_text() for text in axes.texts) == ["ttt", "uniform, merged"]
 
 
 def test_cells_are_escaped_and_carry_what_they_are_sorted_by() -> None:
