@@ -165,22 +165,32 @@ def subset_tables(results: Results) -> list[Table]:
 
 
 def _subset_table(results: Results, part: Sequence[int]) -> Table:
-    baseline = main_baseline(results)
+    """Gains over the main baseline, and over those baselines that were scored on this part alone."""
+    compared = {row.baseline for row in results.comparisons}
+    own = [method.name for method in results.methods if method.documents == part and method.name in compared]
     tokens = [results.tokens[place] for place in part]
     known = {name: nll for name in (m.name for m in results.methods) if (nll := nll_on(results, name, part))}
+    baselines = [name for name in dict.fromkeys((main_baseline(results), *own)) if name is not None and name in known]
+
+    def gain(method: str, baseline: str) -> Cell:
+        if method == baseline:
+            return Cell("")
+        found = compare(known[method], known[baseline], tokens, _seed(results))
+        return gain_cell(found.gain, found.low, found.high)
+
     rows = []
     for method in results.methods:
-        if method.name not in known:
-            continue
-        gain = Cell("")
-        if baseline in known and method.name != baseline:
-            found = compare(known[method.name], known[baseline], tokens)
-            gain = gain_cell(found.gain, found.low, found.high)
-        value = perplexity(known[method.name], tokens)
-        rows.append((method_cell(method), Cell(f"{value:.3f}", value), gain))
-    over = "" if baseline is None else f" over {baseline}"
-    columns = (Column("method"), Column("perplexity", True), Column(f"gain{over}", True))
+        if method.name in known:
+            value = perplexity(known[method.name], tokens)
+            gains = (gain(method.name, baseline) for baseline in baselines)
+            rows.append((method_cell(method), Cell(f"{value:.3f}", value), *gains))
+    columns = (Column("method"), Column("perplexity", True), *(Column(f"gain over {name}", True) for name in baselines))
     return Table(f"The same {len(part):,} documents for all", columns, tuple(rows))
+
+
+def _seed(results: Results) -> int:
+    """Of the bootstrap: the evaluation's own, so that its intervals are the same everywhere."""
+    return int(results.config.get("eval", {}).get("seed", 0))
 
 
 def nll_on(results: Results, name: str, places: Iterable[int]) -> list[float] | None:
@@ -211,7 +221,7 @@ def experts_table(results: Results) -> Table | None:
         if ours is None or theirs is None:
             continue
         tokens = [results.tokens[place] for place in places]
-        found = compare(ours, theirs, tokens)
+        found = compare(ours, theirs, tokens, _seed(results))
         cells.append(
             (
                 Cell(expert),

@@ -1,11 +1,12 @@
 """Tables of an evaluation: what stands in them, and as Markdown."""
 
 import math
+from dataclasses import replace
 
 import made_results
 import pytest
 
-from localmoe.evaluate.results import Results
+from localmoe.evaluate.results import ComparisonRow, Results
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.tables import (
     Cell,
@@ -18,6 +19,7 @@ from localmoe.evaluate.tables import (
     methods_table,
     subset_tables,
 )
+from localmoe.quantities import interval_text
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,23 @@ def test_the_subset_table_scores_every_method_on_the_same_documents(results: Res
     value = _column(table, "perplexity")["merged (default)"].value
     assert value == pytest.approx(math.exp(sum(ours) / sum(tokens)))
     assert _column(table, "gain over fine-tuned")["merged (default)"].value == compare(ours, theirs, tokens).gain
+
+
+def test_the_subset_table_has_every_interval_with_the_evaluations_seed_and_over_the_method_of_the_subset() -> None:
+    made = made_results.results(seed=3)
+    over = ComparisonRow("merged", "ttt-trunk", True, 0.0, (0.0, 0.0), len(made_results.TTT), "")
+    (table,) = subset_tables(replace(made, comparisons=(*made.comparisons, over)))
+    nll = {method.name: dict(zip(method.documents, method.nll, strict=True)) for method in made.methods}
+    tokens = [made.tokens[place] for place in made_results.TTT]
+    for baseline in ("fine-tuned", "ttt-trunk"):
+        gains = _column(table, f"gain over {baseline}")
+        assert len(gains) == len(made.methods)
+        for name in nll:
+            cell = gains["merged (default)" if name == "merged" else name]
+            ours, theirs = ([nll[one][place] for place in made_results.TTT] for one in (name, baseline))
+            found = compare(ours, theirs, tokens, 3)
+            expected = "" if name == baseline else interval_text(found.gain, found.low, found.high)
+            assert cell.text == expected
 
 
 def test_experts_share_out_all_documents(results: Results) -> None:
