@@ -223,7 +223,9 @@ class FineTuneConfig:
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
     """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
     ranks: tuple[Positive, ...] = ()
-    """Ranks that are tried beside the bank's."""
+    """Ranks that are tried beside the bank's, at the best rate."""
+    batches: tuple[Positive, ...] = (1,)
+    """Passages a step that are tried beside the bank's, at the best rate and at half of it."""
     full_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-5, 3e-5, 1e-4)
     """Rates that are tried for all weights (method fine-tuned-full); a best one at the edge widens the search."""
     tune_tokens: Positive = 200_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,17 +51,31 @@ def trunk(bench: Bench) -> Scores:
 def fine_tuned(bench: Bench) -> Scores:
     """One adapter on all train documents, as many tokens as trunk and experts together, rate and rank tuned on tune."""
     adapter, found = fine_tuned_adapter(bench)
-    note = f"rate {found.rate:g}, rank {found.rank}, of {len(found.tried)} tried on {len(bench.tune)} tune documents"
+    best = found.setting
+    note = (
+        f"rate {best.rate:g}, rank {best.rank}, {best.batch} passages a step, "
+        f"of {len(found.tried)} settings tried on {len(bench.tune)} tune documents"
+    )
     scores = _alone(bench, adapter, found.tokens, "fine-tuned")
-    return replace(scores, note=note, detail={"tried": [as_dict(trial) for trial in found.tried]})
+    results = [{"tokens": trial.tokens, "perplexity": trial.perplexity} for trial in found.tried]
+    tried = [as_dict(trial.setting) | result for trial, result in zip(found.tried, results, strict=True)]
+    return replace(scores, note=note, detail={"tried": tried})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned: peak rate, rank, and passages a step."""
+
+    rate: float
+    rank: int
+    batch: int
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One rate and rank, and the perplexity on the tune documents that they lead to; infinite if it diverged."""
+    """One setting, and the perplexity on the tune documents that it leads to; infinite if it diverged."""
 
-    rate: float
-    rank: int
+    setting: Setting
     tokens: int
     perplexity: float
 
@@ -70,8 +85,7 @@ class FineTuned:
     """The fine-tuned adapter, with the settings that were chosen and all that were tried."""
 
     adapter: AdapterRecord
-    rate: float
-    rank: int
+    setting: Setting
     tokens: int
     seconds: float
     tried: tuple[Tried, ...]
@@ -93,52 +107,62 @@ def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
     tried = _tune(bench, passages, min(budget, bench.config.fine_tune.tune_tokens))
     best = min(tried, key=lambda trial: trial.perplexity)
     started = time.perf_counter()
-    trained = _train(bench, passages, best.rate, best.rank, budget, "fine-tuned")
+    trained = _train(bench, passages, best.setting, budget, "fine-tuned")
     record = write_adapter(
         folder,
         FINE_TUNED,
         trained.adapter,
         bench.engine.bank.manifest.base.id,
         needs_transpose(bench.engine.model),
-        Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, best.rate, 1),
+        Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, best.setting.rate, 1),
     )
-    return FineTuned(record, best.rate, best.rank, trained.tokens, time.perf_counter() - started, tuple(tried))
+    return FineTuned(record, best.setting, trained.tokens, time.perf_counter() - started, tuple(tried))
 
 
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:
-    """Every rate at the bank's rank, beyond the edge as long as the edge is best; then the other ranks at the best."""
-    config, bank = bench.config.fine_tune, bench.build_config.train
+    """Every rate as the bank is trained, beyond the edge as long as the best lies there; then other batches and ranks.
+
+    Another batch is tried at the best rate and at half of it, since smaller batches want lower rates.
+    """
+    config, bank, center = bench.config.fine_tune, bench.build_config.train, bench.learning_rate
     tried: list[Tried] = []
 
-    def measure(factor: float) -> float:
-        tried.append(_try(bench, passages, bank.learning_rate * factor, bank.rank, tokens))
+    def measure(factor: float, rank: int = bank.rank, batch: int = bank.batch) -> float:
+        tried.append(_try(bench, passages, Setting(center * factor, rank, batch), tokens))
         return tried[-1].perplexity
 
-    best_of(config.rates, measure)
-    rate = min(tried, key=lambda trial: trial.perplexity).rate
-    others = [rank for rank in config.ranks if rank != bank.rank]
-    return [*tried, *(_try(bench, passages, rate, rank, tokens) for rank in others)]
+    found = best_of(config.rates, measure)
+    best = min(found, key=found.__getitem__)
+    for batch in config.batches:
+        if batch != bank.batch:
+            measure(best, batch=batch)
+            measure(best / 2, batch=batch)
+    for rank in config.ranks:
+        if rank != bank.rank:
+            measure(best, rank=rank)
+    return tried
 
 
-def _try(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int) -> Tried:
-    name = f"tried-{rate:.6g}-{rank}-{tokens}.json"
+def _try(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int) -> Tried:
+    name = f"tried-{setting.rate:.6g}-{setting.rank}-{setting.batch}-{tokens}.json"
     if not bench.training.has(name):
-        bench.training.write_json(name, as_dict(_tried(bench, passages, rate, rank, tokens)))
+        bench.training.write_json(name, as_dict(_tried(bench, passages, setting, tokens)))
     return TypeAdapter(Tried).validate_python(bench.training.read_json(name))
 
 
-def _tried(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int) -> Tried:
+def _tried(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int) -> Tried:
+    title = f"rate {setting.rate:.2g}, rank {setting.rank}, {setting.batch} passages a step"
     try:
-        trained = _train(bench, passages, rate, rank, tokens, f"rate {rate:.2g}, rank {rank}")
+        trained = _train(bench, passages, setting, tokens, title)
     except DivergedError:
-        return Tried(rate, rank, tokens, float("inf"))
+        return Tried(setting, tokens, math.inf)
     nll = score_alone(bench.engine, bench.tune, trained.adapter, lambda _done: None)
-    return Tried(rate, rank, trained.tokens, perplexity(nll, [trial.passage.predicted for trial in bench.tune]))
+    return Tried(setting, trained.tokens, perplexity(nll, [trial.passage.predicted for trial in bench.tune]))
 
 
-def _train(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, tokens: int, title: str) -> Trained:
+def _train(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int, title: str) -> Trained:
     """A fresh adapter on so many tokens of all documents, with the base to itself."""
-    model, config, seed, done = bench.engine.model, _with_rank(bench, rank), bench.config.seed, 0
+    model, config, seed, done = bench.engine.model, _with(bench, setting), bench.config.seed, 0
 
     def progress(count: int, _loss: float) -> None:
         nonlocal done
@@ -147,13 +171,13 @@ def _train(bench: Bench, passages: Sequence[Passage], rate: float, rank: int, to
 
     with bench.engine.merged(base_mix(bench.engine.bank)):
         start = fresh_adapter(model, config, seed)
-        return train(model, passages, start, config, rate, seed, progress=progress, tokens=tokens)
+        return train(model, passages, start, config, setting.rate, seed, progress=progress, tokens=tokens)
 
 
-def _with_rank(bench: Bench, rank: int) -> TrainConfig:
-    """The bank's training with another rank; alpha/rank, the scale of an update, stays."""
+def _with(bench: Bench, setting: Setting) -> TrainConfig:
+    """The bank's training with another rank and batch; alpha/rank, the scale of an update, stays."""
     bank = bench.build_config.train
-    return replace(bank, rank=rank, alpha=bank.alpha * rank / bank.rank)
+    return replace(bank, rank=setting.rank, alpha=bank.alpha * setting.rank / bank.rank, batch=setting.batch)
 
 
 @methods.register("context")

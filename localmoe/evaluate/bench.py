@@ -82,6 +82,14 @@ class Bench:
         """The settings that the bank was built with."""
         return validate(self.engine.bank.manifest.config, "the bank's settings")
 
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the bank's trunk was trained at, be it configured or found; without a trunk as configured."""
+        trunk = self.engine.bank.manifest.trunk
+        if trunk is None or trunk.training is None:
+            return self.build_config.train.learning_rate
+        return trunk.training.learning_rate
+
     @cached_property
     def bank_tokens(self) -> int:
         """Label tokens that trunk and experts were trained on together."""
