@@ -9,7 +9,7 @@ from localmoe.train import experts as training
 from localmoe.train.checks import ENOUGH, document_nll
 from localmoe.train.groundwork import Groundwork
 from localmoe.train.progress import Event, Watch
-from localmoe.train.training import DivergedError, fresh_adapter, train
+from localmoe.train.training import DivergedError, Progress, fresh_adapter, train
 
 JUDGES = 64
 """Public tune documents that judge a rate, at most; the first passage of each."""
@@ -48,13 +48,19 @@ def search(ground: Groundwork, watch: Watch) -> float:
         watch(Event("rates", 1, 1, f"no rates were tried, {config.learning_rate:g} is used: {why}"))
         return config.learning_rate
     tokens = min(asked.tokens, ground.tokens(public, config.trunk_epochs))
-    done = 0
+    done, begun = 0, 0
+
+    def progress(seen: int, _loss: float = 0.0) -> None:
+        nonlocal done
+        done += seen
+        watch(Event("rates", done, max(done, tokens * max(begun, len(asked.rates)))))
 
     def measure(factor: float) -> float:
-        nonlocal done
-        nll = _tried(ground, config.learning_rate * factor, public, sorted(judges), tokens)
-        done += tokens
-        watch(Event("rates", done, max(done, tokens * len(asked.rates))))
+        nonlocal done, begun
+        begun += 1
+        nll = _tried(ground, config.learning_rate * factor, public, sorted(judges), tokens, progress)
+        done = tokens * begun
+        progress(0)
         return nll
 
     tried = best_of(asked.rates, measure)
@@ -68,23 +74,27 @@ def search(ground: Groundwork, watch: Watch) -> float:
     return rate
 
 
-def _tried(ground: Groundwork, rate: float, public: Sequence[int], judges: Sequence[int], tokens: int) -> float:
+def _tried(
+    ground: Groundwork, rate: float, public: Sequence[int], judges: Sequence[int], tokens: int, progress: Progress
+) -> float:
     """Mean nll (nats a token) of the judges after a training at this rate; infinite if it diverged."""
     name = f"rates/{rate:.6g}.json"
     if not ground.work.has(name):
-        ground.work.write_json(name, _measured(ground, rate, public, judges, tokens))
+        ground.work.write_json(name, _measured(ground, rate, public, judges, tokens, progress))
     value = ground.work.read_json(name)
     return math.inf if value is None else float(value)
 
 
 def _measured(
-    ground: Groundwork, rate: float, public: Sequence[int], judges: Sequence[int], tokens: int
+    ground: Groundwork, rate: float, public: Sequence[int], judges: Sequence[int], tokens: int, progress: Progress
 ) -> float | None:
     config, seed = ground.config.train, ground.config.seed
     model, _ = training.workplace(ground.config.base, ground.config.revision)
     passages = [passage for document in ground.work.passages(public) for passage in document]
     try:
-        trained = train(model, passages, fresh_adapter(model, config, seed), config, rate, seed, tokens)
+        trained = train(
+            model, passages, fresh_adapter(model, config, seed), config, rate, seed, tokens, progress=progress
+        )
     except DivergedError:
         return None
     parts = ground.work.passages(judges)

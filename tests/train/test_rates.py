@@ -82,7 +82,7 @@ def test_trials_that_are_done_are_not_run_again(
 def test_rates_that_diverge_lose_and_where_all_do_the_asked_one_is_used(
     tmp_path: Path, tiny_corpus: Path, config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(*arguments: Any) -> Any:
+    def diverge(*_: Any, **__: Any) -> Any:
         raise DivergedError("the loss became nan")
 
     monkeypatch.setattr(rates, "train", diverge)
