@@ -82,7 +82,7 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
     expert_rate: Annotated[float, Field(gt=0)] = 0.25
-    """Rate at which experts go on from the trunk, as a multiple of `learning_rate`; the trunk falls no further."""
+    """Rate of experts after a trunk, as a multiple of `learning_rate`; the trunk falls to it, and to 0.25 at least."""
     trunk_epochs: Annotated[float, Field(gt=0)] = 1.5
     """Passes of the trunk over all public documents."""
     epochs: Annotated[float, Field(gt=0)] | None = None

@@ -22,6 +22,8 @@ from localmoe.train.work import Work
 
 TRUNK = "trunk"
 """Name of the task that trains the trunk."""
+TRUNK_FLOOR = 0.25
+"""Share of its rate to which a trunk falls, at most: higher spoils it, lower leaves the experts little to do."""
 EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
 """Passes of an expert, where the configuration leaves them open."""
 BATCH_AFTER_TRUNK = 1
@@ -65,7 +67,7 @@ class Groundwork:
             config=config,
             learning_rate=self.learning_rate * (config.expert_rate if after_trunk else 1.0),
             epochs=config.trunk_epochs if name == TRUNK else expert_epochs(config, after_trunk),
-            floor=min(1.0, config.expert_rate) if name == TRUNK else 0.0,
+            floor=min(TRUNK_FLOOR, config.expert_rate) if name == TRUNK else 0.0,
             seed=seed,
             start=start,
             train_rows=tuple(train),

@@ -283,10 +283,13 @@ def test_the_trunk_falls_to_the_rate_at_which_the_experts_go_on_and_each_makes_i
         return train(model, passages, start, given, rate, seed, tokens, *more)
 
     monkeypatch.setattr(experts, "train", told)
-    passes = {"learning_rate": 1e-2, "expert_rate": 0.4, "trunk_epochs": 2.0, "epochs": 1.0}
+    passes = {"learning_rate": 1e-2, "expert_rate": 0.2, "trunk_epochs": 2.0, "epochs": 1.0}
     localmoe.build(tiny_corpus, tmp_path / "bank", config(train=passes))
-    assert asked[0] == (1e-2, 2.0, 0.4)
-    assert len(asked) == 5 and set(asked[1:]) == {(0.4 * 1e-2, 1.0, 0.0)}
+    assert asked[0] == (1e-2, 2.0, 0.2)
+    assert len(asked) == 5 and set(asked[1:]) == {(0.2 * 1e-2, 1.0, 0.0)}
+    localmoe.build(tiny_corpus, tmp_path / "other", config(train=passes | {"expert_rate": 1.0}))
+    assert asked[5] == (1e-2, 2.0, 0.25)
+    assert set(asked[6:]) == {(1e-2, 1.0, 0.0)}
 
 
 @pytest.mark.parametrize(
