@@ -92,8 +92,8 @@ def _show_worth(console: Console, worth: demo.Worth) -> None:
     console.print(rows)
     console.print(f"{worth.documents} documents, {worth.tokens:,} tokens counted; paired bootstrap", style="dim")
     console.print(
-        "The merged models saw twice the trunk's tokens, and the trunk stops at its full rate: this shows what the "
-        "second pass bought, not that experts beat one adapter trained as long. localmoe eval compares with that one.",
+        "The trunk is not finished, the experts go on from it: this shows what they bought, not that they beat one "
+        "adapter trained for as many tokens as trunk and experts together. localmoe eval compares with that one.",
         style="dim",
     )
 
