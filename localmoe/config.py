@@ -104,9 +104,10 @@ class SearchConfig:
     """Learning rates that are tried before a bank is built; the best one builds it."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Multiples of `train.learning_rate`; a best one at the edge widens the search; none = that rate as it is."""
+    """Multiples of `train.learning_rate` for the trunk, then of `train.expert_rate` for a few experts; a best one at
+    the edge widens the search; none = the rates as they are."""
     tokens: Positive = 200_000
-    """Tokens that each trial trains on, at most."""
+    """Tokens that each trial of the trunk trains on, at most."""
 
 
 @dataclass(frozen=True, config=_STRICT)

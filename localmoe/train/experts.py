@@ -17,7 +17,7 @@ from localmoe.config import TrainConfig, as_dict
 from localmoe.lora import Adapter
 from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
 from localmoe.packing import Passage
-from localmoe.train.checks import document_nll, outcome
+from localmoe.train.checks import Nll, document_nll, outcome
 from localmoe.train.training import DivergedError, Progress, Trained, fresh_adapter, train
 from localmoe.train.work import Work
 
@@ -95,13 +95,28 @@ def run(task: AdapterTask, progress: Progress | None = None) -> AdapterResult:
     return result
 
 
+def rehearse(task: AdapterTask, progress: Progress | None = None) -> dict[int, Nll]:
+    """The loss of a task's tune documents after its training, of which nothing is kept. Raises DivergedError."""
+    work = Work(Path(task.bank), task.key)
+    model, _ = workplace(task.base, task.revision)
+    start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
+    passages = [passage for document in work.passages(task.train_rows) for passage in document]
+    trained, _, _ = _train(model, task, passages, start, progress, attempts=1)
+    return document_nll(model, _tune_documents(work, task), trained.adapter)
+
+
 def _train(
-    model: Any, task: AdapterTask, passages: list[Passage], start: Adapter | None, progress: Progress | None
+    model: Any,
+    task: AdapterTask,
+    passages: list[Passage],
+    start: Adapter | None,
+    progress: Progress | None,
+    attempts: int = ATTEMPTS,
 ) -> tuple[Trained, float, int]:
     freeze = task.config.recipe == "trunk-shared" and start is not None
     begin = start if start is not None else fresh_adapter(model, task.config, task.seed)
     rate, tokens = task.learning_rate, round(task.epochs * sum(passage.predicted for passage in passages))
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return (
                 train(model, passages, begin, task.config, rate, task.seed, tokens, freeze, progress, task.floor),
@@ -109,7 +124,7 @@ def _train(
                 attempt,
             )
         except DivergedError:
-            if attempt == ATTEMPTS:
+            if attempt == attempts:
                 raise
             rate /= 2
     raise AssertionError("unreachable")
@@ -117,10 +132,15 @@ def _train(
 
 def _check(model: Any, work: Work, task: AdapterTask, record: AdapterRecord, start: Adapter | None) -> Outcome:
     """On the first passage of each tune document, against the trunk (or the base)."""
-    passages = work.passages(task.tune_rows)
-    documents = {row: parts[:1] for row, parts in zip(task.tune_rows, passages, strict=True)}
+    documents = _tune_documents(work, task)
     adapter = read_adapter(Path(task.bank) / record.folder)[0]
     return outcome(document_nll(model, documents, adapter), document_nll(model, documents, start))
+
+
+def _tune_documents(work: Work, task: AdapterTask) -> dict[int, tuple[Passage, ...]]:
+    """The first passage of each tune document."""
+    passages = work.passages(task.tune_rows)
+    return {row: parts[:1] for row, parts in zip(task.tune_rows, passages, strict=True)}
 
 
 Map = Callable[..., Any]

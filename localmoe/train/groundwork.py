@@ -43,6 +43,8 @@ class Groundwork:
     """For every cluster the tune documents that its expert is checked on."""
     learning_rate: float
     """Peak rate of the trunk: as configured, or as found."""
+    expert_rate: float
+    """Rate of experts after a trunk, as a multiple of that: as configured, or as found."""
 
     @property
     def expert_ids(self) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ class Groundwork:
             revision=self.config.revision,
             base_id=name_in_bank(self.config.base),
             config=config,
-            learning_rate=self.learning_rate * (config.expert_rate if after_trunk else 1.0),
+            learning_rate=self.learning_rate * (self.expert_rate if after_trunk else 1.0),
             epochs=config.trunk_epochs if name == TRUNK else expert_epochs(config, after_trunk),
             floor=min(TRUNK_FLOOR, config.expert_rate) if name == TRUNK else 0.0,
             seed=seed,
@@ -73,6 +75,11 @@ class Groundwork:
             train_rows=tuple(train),
             tune_rows=tuple(tune),
         )
+
+    def expert_task(self, k: int, start: AdapterRecord | None) -> AdapterTask:
+        """The task to train the expert of cluster k, from a trunk or from the base."""
+        name, seed = f"experts/{self.expert_ids[k]}", self.config.seed + 1 + k
+        return self.task(name, seed, start, self.clusters.rows(k), self.tune[k])
 
     def tokens(self, rows: Iterable[int], epochs: float) -> int:
         """Tokens that so many passes over these documents see."""

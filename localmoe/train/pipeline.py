@@ -23,7 +23,7 @@ import torch
 from localmoe.bank.files import TEMPORARY
 from localmoe.bank.generations import WORK, commit
 from localmoe.bank.lock import build_lock
-from localmoe.bank.manifest import SUFFIXES, BaseRecord, EncoderRecord, Manifest, Outcome, generations
+from localmoe.bank.manifest import SUFFIXES, AdapterRecord, BaseRecord, EncoderRecord, Manifest, Outcome, generations
 from localmoe.bank.store import Bank
 from localmoe.config import BuildConfig, as_dict
 from localmoe.encoders import Encoder, load_encoder, remember_encoder
@@ -39,7 +39,7 @@ from localmoe.train.documents import Document
 from localmoe.train.experts import AdapterResult, Map
 from localmoe.train.groundwork import TRUNK, Groundwork, check_settings, checked_on, name_in_bank
 from localmoe.train.progress import Event, Stage, Watch, unwatched
-from localmoe.train.rates import search
+from localmoe.train.rates import search_expert_rate, search_rate
 from localmoe.train.records import choose_router, expert_records, write_files
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.training import adapter_bytes, threads
@@ -99,10 +99,13 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     clusters = _cluster(work, embeddings, rows, config, watch)
     _check_disk(path, model, config, len(clusters.access))
     checked = checked_on(rows, clusters, embeddings)
-    ground = Groundwork(path, work, config, rows, clusters, checked, config.train.learning_rate)
-    ground = replace(ground, learning_rate=search(ground, watch))
+    asked = config.train
+    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, asked.expert_rate)
+    ground = replace(ground, learning_rate=search_rate(ground, watch))
     trunk = _train_trunk(ground, watch)
-    experts = expert_records(ground, _train_experts(ground, trunk, map, watch))
+    start = trunk.adapter if trunk is not None else None
+    ground = replace(ground, expert_rate=search_expert_rate(ground, start, watch))
+    experts = expert_records(ground, _train_experts(ground, start, map, watch))
     base_id, encoder_id = name_in_bank(config.base), name_in_bank(config.encoder)
     manifest = Manifest(
         format=1,
@@ -209,12 +212,8 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
     return result
 
 
-def _train_experts(ground: Groundwork, trunk: AdapterResult | None, map: Map, watch: Watch) -> list[AdapterResult]:
-    start = trunk.adapter if trunk is not None else None
-    tasks = [
-        ground.task(f"experts/{name}", ground.config.seed + 1 + k, start, ground.clusters.rows(k), ground.tune[k])
-        for k, name in enumerate(ground.expert_ids)
-    ]
+def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, watch: Watch) -> list[AdapterResult]:
+    tasks = [ground.expert_task(k, start) for k in range(len(ground.expert_ids))]
     finished = sum(ground.work.has(training.result_file(task.name)) for task in tasks)
     total = sum(ground.tokens(task.train_rows, task.epochs) for task in tasks)
     if finished:

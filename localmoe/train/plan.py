@@ -23,6 +23,7 @@ from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.groundwork import check_settings, expert_epochs
 from localmoe.train.progress import Event, Watch, unwatched
+from localmoe.train.rates import EXPERTS
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.training import adapter_bytes, fresh_adapter, threads, train
 from localmoe.train.work import Work, collect
@@ -202,13 +203,14 @@ def _times(
         speed, check_speed = _probe(model, work, rows, config, watch)
     after_trunk = config.train.recipe != "paper" and bool(rows.where("train", ()))
     train_tokens = expert_epochs(config.train, after_trunk) * int(rows.tokens[rows.train].sum())
+    tried = train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) if after_trunk else 0.0
     public = config.train.trunk_epochs * int(rows.tokens[rows.where("train", ())].sum())
     tune = rows.where("tune")
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
     return Times(
         embed=(len(rows.ids) - len(rows.where("unused")) + len(tune)) / documents_per_second,
-        rates=len(config.search.rates) * min(config.search.tokens, public) / speed,
+        rates=len(config.search.rates) * (min(config.search.tokens, public) + tried) / speed,
         trunk=0.0 if config.train.recipe == "paper" else public / speed,
         experts=train_tokens / speed,
         checks=2 * checked * length / check_speed,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from localmoe.bank.manifest import AdapterRecord
 from localmoe.train import experts as training
-from localmoe.train.checks import ENOUGH, document_nll
-from localmoe.train.groundwork import Groundwork
+from localmoe.train.checks import ENOUGH
+from localmoe.train.experts import AdapterTask
+from localmoe.train.groundwork import TRUNK, Groundwork
 from localmoe.train.progress import Event, Watch
-from localmoe.train.training import DivergedError, Progress, fresh_adapter, train
+from localmoe.train.training import DivergedError, Progress
 
 JUDGES = 64
 """Public tune documents that judge a rate, at most; the first passage of each."""
+LEVEL = 0.005
+"""Nats a token by which rates differ without being told apart."""
+EXPERTS = 4
+"""Experts that are trained to judge a rate of theirs, at most."""
 WIDENED = 3
 """Rates tried beyond those asked for, at most."""
 
@@ -32,8 +39,15 @@ def best_of(factors: Sequence[float], measure: Callable[[float], float], step: f
     return tried
 
 
-def search(ground: Groundwork, watch: Watch) -> float:
-    """The learning rate to build with: `train.learning_rate` times the best of `search.rates`, if any are to be tried.
+def lowest_of_the_best(tried: Mapping[float, float]) -> float:
+    """The lowest factor that is as good as the best one but for `LEVEL`: the bank trains for longer than a trial did,
+    and longer trainings want lower rates."""
+    least = min(tried.values())
+    return min(factor for factor, nll in tried.items() if nll <= least + LEVEL)
+
+
+def search_rate(ground: Groundwork, watch: Watch) -> float:
+    """The trunk's learning rate: `train.learning_rate`, times the lowest of the best `search.rates` if there are any.
 
     Each trial trains a fresh adapter on `search.tokens` tokens of the public documents, at a rate that falls to
     zero; the mean nll of public tune documents decides. Finished trials are kept in the work folder.
@@ -47,58 +61,77 @@ def search(ground: Groundwork, watch: Watch) -> float:
         why = f"{len(public)} documents to train on and {len(judges)} to tune on are public"
         watch(Event("rates", 1, 1, f"no rates were tried, {config.learning_rate:g} is used: {why}"))
         return config.learning_rate
-    tokens = min(asked.tokens, ground.tokens(public, config.trunk_epochs))
-    done, begun = 0, 0
+    task = ground.task(TRUNK, ground.config.seed, None, public, sorted(judges))
+    epochs = min(config.trunk_epochs, asked.tokens / ground.tokens(public, 1.0))
+    task = replace(task, epochs=epochs, floor=0.0)
+    tried = _tried(ground, "trunk", lambda factor: [replace(task, learning_rate=config.learning_rate * factor)], watch)
+    best = lowest_of_the_best(tried)
+    return config.learning_rate * _told(tried, best, config.learning_rate, f"{len(judges)} tune documents", watch)
 
-    def progress(seen: int, _loss: float = 0.0) -> None:
-        nonlocal done
-        done += seen
-        watch(Event("rates", done, max(done, tokens * max(begun, len(asked.rates)))))
 
-    def measure(factor: float) -> float:
-        nonlocal done, begun
-        begun += 1
-        nll = _tried(ground, config.learning_rate * factor, public, sorted(judges), tokens, progress)
-        done = tokens * begun
-        progress(0)
-        return nll
+def search_expert_rate(ground: Groundwork, start: AdapterRecord | None, watch: Watch) -> float:
+    """The experts' rate as a multiple of the trunk's: `train.expert_rate`, times the best of `search.rates`.
 
-    tried = best_of(asked.rates, measure)
+    Each trial trains a few experts, those with the most tune documents near them, and the mean nll of these documents
+    decides. Experts that start from the base are trained at the trunk's rate, and nothing is tried.
+    """
+    config, asked = ground.config.train, ground.config.search
+    if not asked.rates or start is None:
+        return config.expert_rate
+    order = sorted(range(len(ground.tune)), key=lambda k: (-len(ground.tune[k]), k))
+    chosen = [k for k in order if len(ground.tune[k]) >= ENOUGH][:EXPERTS]
+    if not chosen:
+        watch(Event("rates", 1, 1, f"{config.expert_rate:g} of it for experts, not tried: they have no tune documents"))
+        return config.expert_rate
+
+    def tasks(factor: float) -> list[AdapterTask]:
+        at_rate = replace(ground, expert_rate=config.expert_rate * factor)
+        return [at_rate.expert_task(k, start) for k in chosen]
+
+    tried = _tried(ground, "experts", tasks, watch)
     best = min(tried, key=tried.__getitem__)
-    if not math.isfinite(tried[best]):
-        watch(Event("rates", done, done, f"every rate diverged; {config.learning_rate:g} is used"))
-        return config.learning_rate
-    found = ", ".join(f"{config.learning_rate * factor:g}: {nll:.3f}" for factor, nll in sorted(tried.items()))
-    rate = config.learning_rate * best
-    watch(Event("rates", done, done, f"rate {rate:g}, by nats a token on {len(judges)} tune documents ({found})"))
-    return rate
+    judges = f"{sum(len(ground.tune[k]) for k in chosen)} tune documents of {len(chosen)} experts"
+    return config.expert_rate * _told(tried, best, ground.learning_rate * config.expert_rate, judges, watch)
 
 
 def _tried(
-    ground: Groundwork, rate: float, public: Sequence[int], judges: Sequence[int], tokens: int, progress: Progress
-) -> float:
-    """Mean nll (nats a token) of the judges after a training at this rate; infinite if it diverged."""
-    name = f"rates/{rate:.6g}.json"
-    if not ground.work.has(name):
-        ground.work.write_json(name, _measured(ground, rate, public, judges, tokens, progress))
-    value = ground.work.read_json(name)
-    return math.inf if value is None else float(value)
+    ground: Groundwork, kind: str, tasks: Callable[[float], Sequence[AdapterTask]], watch: Watch
+) -> dict[float, float]:
+    """Mean nll (nats a token) after the trainings that belong to each factor; infinite where one diverged."""
+    done, whole = 0, 0
+
+    def progress(seen: int, _loss: float) -> None:
+        nonlocal done
+        done += seen
+        watch(Event("rates", done, max(done, whole)))
+
+    def measure(factor: float) -> float:
+        nonlocal done, whole
+        name, asked = f"rates/{kind}-{factor:.6g}.json", tasks(factor)
+        each = sum(ground.tokens(task.train_rows, task.epochs) for task in asked)
+        whole = max(each * len(ground.config.search.rates), done + each)
+        if not ground.work.has(name):
+            ground.work.write_json(name, _mean(asked, progress))
+        value = ground.work.read_json(name)
+        return math.inf if value is None else float(value)
+
+    return best_of(ground.config.search.rates, measure)
 
 
-def _measured(
-    ground: Groundwork, rate: float, public: Sequence[int], judges: Sequence[int], tokens: int, progress: Progress
-) -> float | None:
-    config, seed = ground.config.train, ground.config.seed
-    model, _ = training.workplace(ground.config.base, ground.config.revision)
-    passages = [passage for document in ground.work.passages(public) for passage in document]
+def _mean(tasks: Sequence[AdapterTask], progress: Progress) -> float | None:
     try:
-        trained = train(
-            model, passages, fresh_adapter(model, config, seed), config, rate, seed, tokens, progress=progress
-        )
+        found = [nll for task in tasks for nll in training.rehearse(task, progress).values()]
     except DivergedError:
         return None
-    parts = ground.work.passages(judges)
-    documents = {row: passages[:1] for row, passages in zip(judges, parts, strict=True)}
-    nll = document_nll(model, documents, trained.adapter).values()
-    mean = sum(one.total for one in nll) / max(1, sum(one.tokens for one in nll))
+    mean = sum(one.total for one in found) / max(1, sum(one.tokens for one in found))
     return mean if math.isfinite(mean) else None
+
+
+def _told(tried: Mapping[float, float], best: float, unit: float, judges: str, watch: Watch) -> float:
+    """The factor to build with, told with all that were tried; 1 where all diverged."""
+    if not math.isfinite(tried[best]):
+        watch(Event("rates", 1, 1, f"every rate diverged; {unit:g} is used"))
+        return 1.0
+    found = ", ".join(f"{unit * factor:g}: {nll:.3f}" for factor, nll in sorted(tried.items()))
+    watch(Event("rates", 1, 1, f"rate {unit * best:g}, by nats a token on {judges} ({found})"))
+    return best

@@ -10,9 +10,10 @@ import tiny
 
 import localmoe
 from localmoe.config import BuildConfig, SearchConfig
+from localmoe.train import experts as training
 from localmoe.train import rates
 from localmoe.train.progress import Event
-from localmoe.train.rates import best_of
+from localmoe.train.rates import best_of, lowest_of_the_best
 from localmoe.train.training import DivergedError
 
 
@@ -35,47 +36,57 @@ def test_a_single_rate_is_taken_as_it_is() -> None:
     assert best_of((0.7,), lambda _: 1.0) == {0.7: 1.0}
 
 
+def test_of_rates_that_cannot_be_told_apart_the_lowest_is_taken() -> None:
+    assert lowest_of_the_best({1.0: 2.071, 2.0: 2.028, 4.0: 1.996, 8.0: 1.994, 16.0: 2.226}) == 4.0
+    assert lowest_of_the_best({1.0: 2.0, 2.0: 1.9, 4.0: 1.8}) == 4.0
+    assert lowest_of_the_best({1.0: math.inf, 2.0: math.inf}) == 1.0
+
+
 @pytest.fixture
 def config(tiny_base: Path, tiny_encoder: Path) -> BuildConfig:
     made = tiny.tiny_config(tiny_base, tiny_encoder)
     return dataclasses.replace(made, search=SearchConfig((0.01, 1.0), tokens=2_000))
 
 
-def test_a_bank_is_built_at_the_rate_that_tune_documents_like_best(
+def test_a_bank_is_built_at_the_rates_that_tune_documents_like_best(
     tmp_path: Path, tiny_corpus: Path, config: BuildConfig
 ) -> None:
     events: list[Event] = []
     bank = localmoe.build(tiny_corpus, tmp_path / "bank", config, watch=events.append)
-    note = next(event.note for event in events if event.stage == "rates" and event.note)
+    first, second = (event.note for event in events if event.stage == "rates" and event.note)
     trunk = bank.manifest.trunk
     assert trunk is not None and trunk.training is not None
-    assert f"rate {trunk.training.learning_rate:g}, by nats a token on" in note
-    told = {float(rate): float(nll) for rate, nll in (pair.split(": ") for pair in _told(note))}
-    assert min(told, key=told.__getitem__) == pytest.approx(trunk.training.learning_rate)
+    assert f"rate {trunk.training.learning_rate:g}, by nats a token on" in first
+    told = _told(first)
+    assert lowest_of_the_best(told) == pytest.approx(trunk.training.learning_rate)
     assert len(told) >= 3  # one of two rates is at the edge
-    experts = {e.adapter.training.learning_rate for e in bank.manifest.experts if e.adapter and e.adapter.training}
-    assert experts == {trunk.training.learning_rate * config.train.expert_rate}
+    assert second.count(" experts (") == 1
+    told = _told(second)
+    best = min(told, key=told.__getitem__)
+    found = {e.adapter.training.learning_rate for e in bank.manifest.experts if e.adapter and e.adapter.training}
+    assert [pytest.approx(rate, rel=1e-4) for rate in found] == [best]
+    assert [rate / trunk.training.learning_rate / config.train.expert_rate for rate in found] != [1.0]
 
 
 def test_trials_that_are_done_are_not_run_again(
     tmp_path: Path, tiny_corpus: Path, config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured, stopped = rates._measured, 0
+    measured, asked = rates._mean, 0
 
     def interrupted(*arguments: Any) -> Any:
-        nonlocal stopped
-        stopped += 1
-        if stopped == 2:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
             raise KeyboardInterrupt
         return measured(*arguments)
 
-    monkeypatch.setattr(rates, "_measured", interrupted)
+    monkeypatch.setattr(rates, "_mean", interrupted)
     with pytest.raises(KeyboardInterrupt):
         localmoe.build(tiny_corpus, tmp_path / "bank", config)
     localmoe.build(tiny_corpus, tmp_path / "bank", config)
-    monkeypatch.setattr(rates, "_measured", measured)
+    resumed, asked = asked, 2
     whole = localmoe.build(tiny_corpus, tmp_path / "other", config)
-    assert stopped > 2
+    assert resumed == asked - 1  # the first trial was not asked for again
     assert localmoe.Bank.open(tmp_path / "bank").manifest.trunk == whole.manifest.trunk
 
 
@@ -85,10 +96,10 @@ def test_rates_that_diverge_lose_and_where_all_do_the_asked_one_is_used(
     def diverge(*_: Any, **__: Any) -> Any:
         raise DivergedError("the loss became nan")
 
-    monkeypatch.setattr(rates, "train", diverge)
+    monkeypatch.setattr(training, "rehearse", diverge)
     events: list[Event] = []
     bank = localmoe.build(tiny_corpus, tmp_path / "bank", config, watch=events.append)
-    assert any("every rate diverged" in event.note for event in events)
+    assert sum("every rate diverged" in event.note for event in events) == 2
     trunk = bank.manifest.trunk
     assert trunk is not None and trunk.training is not None
     assert trunk.training.learning_rate == config.train.learning_rate
@@ -103,5 +114,7 @@ def test_without_tune_documents_nothing_is_tried_and_it_is_said(
     assert any("no rates were tried" in event.note for event in events if event.stage == "rates")
 
 
-def _told(note: str) -> list[str]:
-    return note.partition("(")[2].removesuffix(")").split(", ")
+def _told(note: str) -> dict[float, float]:
+    """Rate → nats a token."""
+    pairs = (pair.split(": ") for pair in note.rpartition("(")[2].removesuffix(")").split(", "))
+    return {float(rate): float(nll) for rate, nll in pairs}
