@@ -185,6 +185,20 @@ def _cannot_pack(model: Any, why: str) -> UsageError:
 
 def fingerprint(model: Any) -> Fingerprint:
     """Hashes of the architecture (configuration and shapes) and of sampled weights (specification, "Identity")."""
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        weight = parameter.detach()
+        if type(weight).dequantize is not torch.Tensor.dequantize:  # a kind of tensor that can hardly be indexed
+            weight = weight.dequantize()
+        flat = weight.reshape(-1)
+        # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
+        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()
+        weights.update(name.encode() + sample.numpy().tobytes())
+    return Fingerprint(architecture(model), weights.hexdigest())
+
+
+def architecture(model: Any) -> str:
+    """Hash of configuration and shapes, whatever the weights are."""
     config = model.config.to_dict()
     for key in (
         "_name_or_path",
@@ -196,14 +210,7 @@ def fingerprint(model: Any) -> Fingerprint:
     ):
         config.pop(key, None)
     shapes = {name: list(parameter.shape) for name, parameter in sorted(model.named_parameters())}
-    architecture = hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()
-    weights = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
-        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()
-        weights.update(name.encode() + sample.numpy().tobytes())
-    return Fingerprint(architecture, weights.hexdigest())
+    return hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def locate(name: str) -> str:

@@ -13,6 +13,8 @@ from localmoe import demo
 from localmoe.bank.generations import remove
 from localmoe.config import BuildConfig
 from localmoe.errors import CorpusError
+from localmoe.runtime import calibration
+from localmoe.runtime.engine import Engine
 from localmoe.terminal.demonstration import demonstrate
 
 
@@ -72,3 +74,17 @@ def test_the_demo_trains_on_no_more_than_it_says() -> None:
     config = demo.configuration("base", "encoder")
     assert config.corpus.sample_tokens == demo.SAMPLE_TOKENS <= 120_000
     assert config.cluster.clusters is not None and config.cluster.clusters >= 8
+
+
+def test_the_first_prompt_is_not_charged_with_measuring_the_machine(
+    tmp_path: Path, tiny_base: Path, tiny_encoder: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path / "home"))
+    ask = demo.ask
+
+    def measured_before(engine: Engine, prompt: str) -> demo.Exchange:
+        assert calibration.known(engine.executor)
+        return ask(engine, prompt)
+
+    monkeypatch.setattr(demo, "ask", measured_before)
+    demonstrate(tmp_path / "bank", str(tiny_base), str(tiny_encoder))

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from localmoe.config import Recipe, RouteConfig, default_of
-from localmoe.errors import BankError
+from localmoe.config import BuildConfig, Recipe, RouteConfig, default_of, validate
+from localmoe.errors import BankError, ConfigError
 
 FORMAT: Final = 1
 ID_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
@@ -196,6 +196,17 @@ class Manifest:
         """What the generation consists of, beside the manifest: names of files and of adapter folders."""
         names = {file_name(kind, record.sha256) for kind, record in self.files.items()}
         return frozenset(names | {adapter.folder for adapter in self.adapters})
+
+    def settings(self) -> BuildConfig:
+        """What the bank was built with; raises BankError for settings that this LocalMoE does not know."""
+        try:
+            return validate(self.config, "the bank's settings")
+        except ConfigError as error:
+            raise BankError(
+                error.what,
+                "another version of LocalMoE built the bank; it still answers prompts, but for this, build it again: "
+                "localmoe build --help",
+            ) from error
 
     def named_files(self) -> dict[str, FileRecord]:
         """Every file of the generation: name relative to the bank → hash and size."""

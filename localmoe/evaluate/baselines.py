@@ -52,10 +52,7 @@ def fine_tuned(bench: Bench) -> Scores:
     """One adapter on all train documents, as many tokens as trunk and experts together, rate and rank tuned on tune."""
     adapter, found = fine_tuned_adapter(bench)
     best = found.setting
-    note = (
-        f"rate {best.rate:g}, rank {best.rank}, {best.batch} passages a step, "
-        f"of {len(found.tried)} settings tried on {len(bench.tune)} tune documents"
-    )
+    note = f"{best.text}, of {len(found.tried)} settings tried on {len(bench.tune)} tune documents"
     scores = _alone(bench, adapter, found.tokens, "fine-tuned")
     results = [{"tokens": trial.tokens, "perplexity": trial.perplexity} for trial in found.tried]
     tried = [as_dict(trial.setting) | result for trial, result in zip(found.tried, results, strict=True)]
@@ -69,6 +66,11 @@ class Setting:
     rate: float
     rank: int
     batch: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"rate {self.rate:g}, rank {self.rank}, {self.batch} passage{'s' if self.batch > 1 else ''} a step"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
     budget, passages = bench.bank_tokens, bench.train_passages()
     tried = _tune(bench, passages, min(budget, bench.config.fine_tune.tune_tokens))
     best = min(tried, key=lambda trial: trial.perplexity)
+    if not math.isfinite(best.perplexity):
+        raise NotPossibleError(
+            "fine-tuning diverged at every rate", "try lower ones: --set 'fine_tune.rates=[0.1,0.3]'"
+        )
     started = time.perf_counter()
     trained = _train(bench, passages, best.setting, budget, "fine-tuned")
     record = write_adapter(
@@ -151,13 +157,13 @@ def _try(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: in
 
 
 def _tried(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int) -> Tried:
-    title = f"rate {setting.rate:.2g}, rank {setting.rank}, {setting.batch} passages a step"
     try:
-        trained = _train(bench, passages, setting, tokens, title)
-    except DivergedError:
+        trained = _train(bench, passages, setting, tokens, setting.text)
+        nll = score_alone(bench.engine, bench.tune, trained.adapter, lambda _done: None)
+        found = perplexity(nll, [trial.passage.predicted for trial in bench.tune])
+    except (DivergedError, OverflowError):  # exp of hundreds of nats a token
         return Tried(setting, tokens, math.inf)
-    nll = score_alone(bench.engine, bench.tune, trained.adapter, lambda _done: None)
-    return Tried(setting, trained.tokens, perplexity(nll, [trial.passage.predicted for trial in bench.tune]))
+    return Tried(setting, trained.tokens, math.inf if math.isnan(found) else found)
 
 
 def _train(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int, title: str) -> Trained:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localmoe.config import BuildConfig, EvalConfig, validate
+from localmoe.config import BuildConfig, EvalConfig
 from localmoe.errors import UsageError
 from localmoe.evaluate.protocol import Cut, Trial, document_in
 from localmoe.packing import Passage
@@ -80,15 +80,15 @@ class Bench:
     @cached_property
     def build_config(self) -> BuildConfig:
         """The settings that the bank was built with."""
-        return validate(self.engine.bank.manifest.config, "the bank's settings")
+        return self.engine.bank.manifest.settings()
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the bank's trunk was trained at, be it configured or found; without a trunk as configured."""
-        trunk = self.engine.bank.manifest.trunk
-        if trunk is None or trunk.training is None:
-            return self.build_config.train.learning_rate
-        return trunk.training.learning_rate
+        """The rate that the bank's trunk was trained at (without one: its experts), be it configured or found."""
+        manifest = self.engine.bank.manifest
+        adapters = manifest.adapters if manifest.trunk is None else (manifest.trunk,)
+        rates = [one.training.learning_rate for one in adapters if one.training is not None]
+        return max(rates, default=self.build_config.train.learning_rate)  # a training that diverged had half of it
 
     @cached_property
     def bank_tokens(self) -> int:
@@ -112,9 +112,11 @@ class Bench:
     def train_passages(self, documents: Sequence[str] | None = None, most: int | None = None) -> list[Passage]:
         """Passages of the train documents (or of these ids, in this order), cut as the build cut them.
 
-        most: of each document only the first passages.
+        most: of each document only the first passages. Raises NotPossibleError where no document is public.
         """
         documents = self.public_train[0] if documents is None else documents
+        if not documents:
+            raise NotPossibleError("no train document is public, so that one adapter for all cannot be trained")
         found = []
         for name, content in zip(documents, self.engine.bank.contents(documents), strict=True):
             tokenized = tokenize(document_in(name, *content), self.engine.tokenizer, self.build_config.corpus)

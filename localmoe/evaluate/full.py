@@ -132,4 +132,4 @@ def _tried(bench: Bench, passages: Sequence[Passage], rate: float, tokens: int) 
         found = perplexity(nll, [trial.passage.predicted for trial in bench.tune])
     except (DivergedError, OverflowError):  # exp of hundreds of nats a token
         return FullTried(rate, tokens, math.inf)
-    return FullTried(rate, trained, found)
+    return FullTried(rate, trained, math.inf if math.isnan(found) else found)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from localmoe.lora import LowRank
-from localmoe.models import context_length, fingerprint
+from localmoe.models import architecture, context_length
 from localmoe.runtime.execution.beside import Beside
 from localmoe.runtime.execution.choice import Choice, Planner, Work
 from localmoe.runtime.execution.dense import DenseBuffer
@@ -42,8 +42,7 @@ ENOUGH = 4.0
 
 def planner(executor: Executor, anew: bool = False) -> CalibratedPlanner:
     """A planner for the executor's base on this machine: remembered, or (`anew`: always) calibrated and remembered."""
-    model = executor.model
-    key = calibration_key(fingerprint(model).architecture, model.dtype, torch.device(model.device))
+    key = _key(executor)
     found = None if anew else recall_calibration(key)
     if found is None:
         found = fit(list(measure(executor)))
@@ -53,9 +52,12 @@ def planner(executor: Executor, anew: bool = False) -> CalibratedPlanner:
 
 def known(executor: Executor) -> bool:
     """Whether this machine was calibrated for the executor's base before."""
+    return recall_calibration(_key(executor)) is not None
+
+
+def _key(executor: Executor) -> str:
     model = executor.model
-    key = calibration_key(fingerprint(model).architecture, model.dtype, torch.device(model.device))
-    return recall_calibration(key) is not None
+    return calibration_key(architecture(model), model.dtype, torch.device(model.device), executor.plain)
 
 
 def on_demand(executor: Executor) -> Planner:

@@ -156,11 +156,11 @@ def remember_calibration(key: str, calibration: Calibration) -> None:
         return
 
 
-def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device) -> str:
-    """What decides the times: processor or GPU, cores allowed, threads, torch, dtype, and the base's architecture."""
+def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device, plain: bool) -> str:
+    """What decides the times: processor or GPU, cores, threads, torch, dtype, the base's architecture, plain or not."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = (_FORMAT, where, cores, torch.get_num_threads(), torch.__version__, str(dtype), architecture)
+    parts = (_FORMAT, where, cores, torch.get_num_threads(), torch.__version__, str(dtype), architecture, plain)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

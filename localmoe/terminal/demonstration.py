@@ -15,6 +15,7 @@ from localmoe.bank.store import Bank
 from localmoe.evaluate.statistics import Comparison
 from localmoe.quantities import duration_text
 from localmoe.runtime.engine import Engine, open_engine
+from localmoe.terminal.explanations import calibrate
 from localmoe.terminal.mixes import show_mix
 from localmoe.terminal.progress import watching
 from localmoe.terminal.screen import facts, plain, remarks, results, table
@@ -32,6 +33,7 @@ def demonstrate(path: Path, base: str, encoder: str) -> None:
     _heading(console, "2  Clusters", demo.title(bank))
     _show_clusters(console, bank)
     engine = open_engine(path, base, encoder)
+    calibrate(engine)  # or the first prompt would be charged with it
     _heading(
         console, "3  Is it worth it", "perplexity on held-out files: a prefix chooses the experts, the rest counts"
     )

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def calibrate(engine: Engine) -> None:
-    """Measures the machine where an engine that chooses by itself is new to it; says so."""
+    """Measures the machine where an engine is new to it and has a choice to make; says so."""
     from localmoe.runtime import calibration
 
     executor = engine.executor
-    if executor.config.execution == "auto" and not calibration.known(executor):
+    if executor.config.execution == "auto" and executor.plain and not calibration.known(executor):
         with remarks().status("measuring this machine, once, to know the fastest way to run a mix"):
-            calibration.planner(executor)
+            executor.planner = calibration.planner(executor)  # where nothing can be remembered, for this engine
 
 
 def explain_data(engine: Engine, prompt: str, config: GenerateConfig) -> dict[str, Any]:

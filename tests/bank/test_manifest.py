@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from localmoe.bank.generations import commit
 from localmoe.bank.manifest import Manifest, as_values, encode_json, generations, read_current, read_manifest
+from localmoe.config import BuildConfig, as_dict
 from localmoe.errors import BankError
 
 
@@ -139,3 +140,11 @@ def test_every_file_of_a_generation_is_named_once_without_a_path(bank_path: Path
     assert set(manifest.named_files()) == on_disk - {"manifest-000001.json"}
     assert str(bank_path) not in first(bank_path).read_text()
     assert manifest.entries == {name.rsplit("/adapter_", 1)[0] for name in manifest.named_files()}
+
+
+def test_settings_of_another_version_are_said_to_be_that(bank_path: Path) -> None:
+    manifest = read_current(bank_path)
+    assert replace(manifest, config=as_dict(BuildConfig(seed=3))).settings() == BuildConfig(seed=3)
+    with pytest.raises(BankError, match=r"unknown key 'train.threads'") as error:
+        replace(manifest, config={"train": {"threads": 1}}).settings()
+    assert "another version" in error.value.remedy and "build it again" in error.value.remedy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,9 @@ import tiny
 import torch
 
 import localmoe
-from localmoe.config import EvalConfig, FineTuneConfig, TTTConfig
+from localmoe.config import EvalConfig, FineTuneConfig, SearchConfig, TTTConfig
 from localmoe.errors import ConfigError, UnknownNameError
-from localmoe.evaluate import evaluation, leaks
+from localmoe.evaluate import baselines, evaluation, leaks
 from localmoe.evaluate.baselines import fine_tuned_adapter, nearest_documents
 from localmoe.evaluate.bench import Bench, NotPossibleError, methods
 from localmoe.evaluate.evaluation import LeakError, evaluate
@@ -316,3 +317,40 @@ def test_the_shipped_default_says_which_share_of_the_gap_it_closes(results: Resu
     merged = results.method("merged")
     assert merged is not None and merged.detail["gap"] == closed_gap(results, "merged")
     assert all("gap" not in method.detail for method in results.methods if not method.default)
+
+
+def test_settings_that_diverge_are_infinitely_bad_and_all_of_them_leave_the_baseline_out(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = replace(bench, training=Work(tmp_path, "key"))
+    for total in (1e6, math.nan):  # exp of it overflows; it is no number
+        monkeypatch.setattr(baselines, "score_alone", lambda *_, total=total: [total] * len(apart.tune))
+        with pytest.raises(NotPossibleError, match="diverged at every rate"):
+            baselines.fine_tuned(replace(apart, training=Work(tmp_path, str(total))))
+
+
+def test_without_a_trunk_the_baseline_starts_from_the_rate_that_was_found_for_the_experts(
+    tiny_corpus: Path, tiny_base: Path, tiny_encoder: Path, bench: Bench, tmp_path: Path
+) -> None:
+    config = tiny.tiny_config(tiny_base, tiny_encoder)
+    paper = replace(config, train=replace(config.train, recipe="paper"), search=SearchConfig((0.01, 0.02, 0.04), 300))
+    bank = localmoe.build(tiny_corpus, tmp_path / "bank", paper)
+    rates = {one.training.learning_rate for one in bank.manifest.adapters if one.training is not None}
+    assert rates != {config.train.learning_rate}
+    engine = localmoe.open(bank.path, str(tiny_base), str(tiny_encoder))
+    assert replace(bench, engine=engine).learning_rate == max(rates)
+
+
+def test_a_bank_without_public_documents_is_evaluated_without_what_is_trained_on_them(
+    tiny_base: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"id": f"{n}", "text": tiny.sentence("sea", n, words=30), "who": "hr"}) for n in range(40)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = tiny.tiny_config(tiny_base, tiny_encoder)
+    corpus = replace(config.corpus, access_field="who")
+    bank = localmoe.build(tmp_path / "all.jsonl", tmp_path / "bank", replace(config, corpus=corpus))
+    engine = localmoe.open(bank.path, str(tiny_base), str(tiny_encoder))
+    found = evaluate(engine, tmp_path / "eval", CONFIG, lambda *progress: None)
+    assert "merged" in {method.name for method in found.methods}
+    left_out = {check.name.split()[0] for check in found.checks if "left out" in check.name}
+    assert left_out >= {"fine-tuned", "fine-tuned-full", "ttt", "ttt-trunk", "trunk", "context"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,9 @@ def test_free_memory_is_no_more_than_the_machine_has() -> None:
         return
     total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
     assert 0 < (free_bytes(torch.device("cpu")) or 0) <= total
+
+
+def test_losses_that_are_no_numbers_are_infinitely_bad(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full, "score_model", lambda *_: [math.nan] * len(bench.tune))
+    with pytest.raises(NotPossibleError, match="diverged at every rate"):
+        fine_tuned_full(bench)

@@ -113,7 +113,7 @@ def test_a_fit_needs_every_phase_but_the_merge() -> None:
 
 
 def test_a_calibration_is_remembered_and_a_damaged_note_is_none() -> None:
-    key = calibration_key("architecture", torch.float32, torch.device("cpu"))
+    key = calibration_key("architecture", torch.float32, torch.device("cpu"), True)
     assert recall_calibration(key) is None
     remember_calibration(key, CALIBRATION)
     assert recall_calibration(key) == CALIBRATION
@@ -123,8 +123,10 @@ def test_a_calibration_is_remembered_and_a_damaged_note_is_none() -> None:
     note.unlink()
 
 
-def test_the_key_tells_bases_and_dtypes_apart() -> None:
+def test_the_key_tells_bases_dtypes_and_quantised_weights_apart() -> None:
     cpu = torch.device("cpu")
-    keys = {calibration_key(*of, cpu) for of in (("a", torch.float32), ("b", torch.float32), ("a", torch.bfloat16))}
-    assert len(keys) == 3
-    assert calibration_key("a", torch.float32, cpu) in keys
+    keys = {
+        calibration_key(*of, cpu, True) for of in (("a", torch.float32), ("b", torch.float32), ("a", torch.bfloat16))
+    }
+    assert len(keys | {calibration_key("a", torch.float32, cpu, False)}) == 4
+    assert calibration_key("a", torch.float32, cpu, True) in keys

@@ -62,7 +62,6 @@ def matrix(material: Material) -> Figure:
 @figures.register("6-middle")
 def elbow(material: Material) -> Figure:
     """Inertia a document against the number of clusters."""
-    from localmoe.config import validate
     from localmoe.train.clustering import bisect
 
     bank = material.source.engine.bank
@@ -74,7 +73,7 @@ def elbow(material: Material) -> Figure:
         documents = sum(1 for split in bank.documents()["split"].to_pylist() if split == "train")
     else:
         vectors, _ = _train_vectors(material.source)
-        config = validate(bank.manifest.config).cluster
+        config = bank.manifest.settings().cluster
         curve = [list(point) for point in bisect(vectors, config, most).curve]
         documents = len(vectors)
     rows = tuple({"clusters": k, "inertia": inertia / documents, "diameter": widest} for k, inertia, widest in curve)
@@ -132,14 +131,13 @@ def against_k_means(material: Material) -> Figure:
     """Bisecting k-means against k-means on the bank's own embeddings: inertia, balance, time."""
     from sklearn.cluster import KMeans
 
-    from localmoe.config import validate
     from localmoe.train.clustering import bisect
 
     vectors, tokens = _train_vectors(material.source)
     manifest = material.source.engine.bank.manifest
     wanted = material.config.clusters if material.config.clusters is not None else len(manifest.experts)
     started = time.perf_counter()
-    ours = bisect(vectors, validate(manifest.config).cluster, wanted)
+    ours = bisect(vectors, manifest.settings().cluster, wanted)
     bisected = time.perf_counter()
     count = len(ours.means)
     with warnings.catch_warnings():

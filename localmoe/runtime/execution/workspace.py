@@ -92,7 +92,7 @@ class Workspace:
 
     @torch.no_grad()
     def fill(self, index: int, active: Active, merge_shared: bool) -> Factors:
-        """Gathers block `index` for the active experts; in a workspace of one block this ends the block before.
+        """Gathers block `index` for the active experts; unless the workspace is `whole` this ends an earlier block.
 
         Rows of A and Bt are ordered by target, then by expert. With `merge_shared` and one common A the weights are
         in Bt already.
