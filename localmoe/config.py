@@ -82,7 +82,7 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
     expert_rate: Annotated[float, Field(gt=0)] = 0.25
-    """Rate of experts after a trunk, as a multiple of `learning_rate`; the trunk falls to it, and to 0.25 at least."""
+    """Rate of experts after a trunk, as a multiple of `learning_rate`; the trunk falls to it, or to 0.25 if less."""
     trunk_epochs: Annotated[float, Field(gt=0)] = 1.5
     """Passes of the trunk over all public documents."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -94,7 +94,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled decay."""
     warmup: Fraction = 0.05
-    """Share of the steps in which the rate rises; it then falls linearly to zero."""
+    """Share of the steps in which the rate rises; it then falls linearly, to zero but for the trunk."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
 
@@ -221,13 +221,13 @@ METHODS = (
 class FineTuneConfig:
     """How the baselines are tuned: fine-tuning on all train documents, as many tokens as trunk and experts together."""
 
-    rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
+    rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
     ranks: tuple[Positive, ...] = ()
     """Ranks that are tried beside the bank's, at the best rate."""
     batches: tuple[Positive, ...] = (1,)
     """Passages a step that are tried beside the bank's, at the best rate and at half of it."""
-    full_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-5, 3e-5, 1e-4)
+    full_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-5, 3e-5, 1e-4)
     """Rates that are tried for all weights (method fine-tuned-full); a best one at the edge widens the search."""
     tune_tokens: Positive = 200_000
     """Tokens that each trial trains on, at most."""

@@ -13,7 +13,16 @@ import pytest
 from pydantic import ValidationError
 
 from localmoe import config as configuration
-from localmoe.config import BuildConfig, RouteConfig, TrainConfig, as_dict, default_of, load_config, validate
+from localmoe.config import (
+    BuildConfig,
+    RouteConfig,
+    TrainConfig,
+    as_dict,
+    default_of,
+    load_config,
+    load_eval_config,
+    validate,
+)
 from localmoe.errors import ConfigError
 
 STAGES = [
@@ -240,3 +249,9 @@ def test_a_setting_below_a_value_is_refused(write: Write) -> None:
 def test_a_stage_takes_no_unknown_field_in_code_either(stage: type[Any]) -> None:
     with pytest.raises(ValidationError):
         stage(no_such_field=1)
+
+
+@pytest.mark.parametrize("name", ["rates", "full_rates"])
+def test_a_baseline_needs_a_rate(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"fine_tune.{name}"):
+        load_eval_config(None, [f"fine_tune.{name}=[]"])

@@ -124,7 +124,7 @@ def build_options(function: F) -> F:
         knob(
             "--try-rate",
             "search.rates",
-            "Try this multiple of the rates first, e.g. 0.5; may be repeated, the best ones build the bank.",
+            "Try this multiple of the rates first, e.g. 0.5; give two at least, the best ones build the bank.",
             "none",
             type=float,
             multiple=True,

@@ -86,4 +86,7 @@ def _time_text(times: Times) -> str:
     stages = ["embedding", "rates", "trunk", "experts", "checks"]
     seconds = [times.embed, times.rates, times.trunk, times.experts, times.checks]
     parts = ", ".join(f"{name} {duration_text(each)}" for name, each in zip(stages, seconds, strict=True) if each)
-    return f"about {duration_text(times.total)}: {parts} ({times.tokens_per_second:,.0f} tokens/s, measured now)"
+    speeds = f"{times.tokens_per_second:,.0f} tokens/s"
+    if times.expert_tokens_per_second != times.tokens_per_second:
+        speeds += f", of experts {times.expert_tokens_per_second:,.0f}"
+    return f"about {duration_text(times.total)}: {parts} ({speeds}, measured now)"

@@ -101,12 +101,20 @@ def expert_batch(config: TrainConfig, after_trunk: bool) -> int:
 
 
 def check_settings(model: Any, config: BuildConfig) -> None:
-    """Raises ConfigError for passages that do not fit the base's context, UnknownNameError for an unknown router."""
+    """Raises ConfigError for passages that do not fit the base's context, and for one rate to be tried alone.
+
+    Raises UnknownNameError for an unknown router.
+    """
     limit = context_length(model)
     if config.corpus.passage_tokens > limit:
         raise ConfigError(
             f"passages of {config.corpus.passage_tokens:,} tokens do not fit the base model's context of {limit:,}",
             f"set corpus.passage_tokens={limit} or less",
+        )
+    if len(set(config.search.rates)) == 1:
+        raise ConfigError(
+            f"search.rates holds {config.search.rates[0]:g} alone, and nothing to compare it with",
+            "try another rate too, e.g. --try-rate 0.5 --try-rate 1, or choose one: --learning-rate",
         )
     if config.route.router not in routers:
         raise UnknownNameError("router", config.route.router, routers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from localmoe.encoders import Encoder, load_encoder
 from localmoe.packing import Passage
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
-from localmoe.train.checks import AT_MOST, document_nll
+from localmoe.train.checks import AT_MOST, ENOUGH, document_nll
 from localmoe.train.clustering import advised_clusters
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
-from localmoe.train.groundwork import check_settings, expert_epochs
-from localmoe.train.progress import Event, Watch, unwatched
-from localmoe.train.rates import EXPERTS
+from localmoe.train.groundwork import check_settings, expert_batch, expert_epochs
+from localmoe.train.progress import Event, Stage, Watch, unwatched
+from localmoe.train.rates import EXPERTS, judges_of
 from localmoe.train.rows import Rows, read_rows
 from localmoe.train.training import adapter_bytes, fresh_adapter, threads, train
 from localmoe.train.work import Work, collect
@@ -49,7 +49,9 @@ class Times:
     experts: float
     checks: float
     tokens_per_second: float
-    """Training speed, in the experts' tokens."""
+    """Training speed at `train.batch` passages a step."""
+    expert_tokens_per_second: float
+    """Training speed at as many passages a step as the experts take."""
 
     @property
     def total(self) -> float:
@@ -199,22 +201,25 @@ def _sizes(found: Clusters, chosen: np.ndarray, rows: Rows) -> tuple[int, ...]:
 def _times(
     model: Any, work: Work, rows: Rows, found: Clusters, config: BuildConfig, documents_per_second: float, watch: Watch
 ) -> Times:
-    with threads(config.threads):
-        speed, check_speed = _probe(model, work, rows, config, watch)
     after_trunk = config.train.recipe != "paper" and bool(rows.where("train", ()))
+    with threads(config.threads):
+        speed, expert_speed, check_speed = _probe(model, work, rows, config, after_trunk, watch)
     train_tokens = expert_epochs(config.train, after_trunk) * int(rows.tokens[rows.train].sum())
-    tried = train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) if after_trunk else 0.0
     public = config.train.trunk_epochs * int(rows.tokens[rows.where("train", ())].sum())
+    tried = min(config.search.tokens, public) / speed if len(judges_of(rows)) >= ENOUGH else 0.0
     tune = rows.where("tune")
+    if after_trunk and len(tune) >= ENOUGH:
+        tried += train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) / expert_speed
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
     return Times(
         embed=(len(rows.ids) - len(rows.where("unused")) + len(tune)) / documents_per_second,
-        rates=len(config.search.rates) * (min(config.search.tokens, public) + tried) / speed,
+        rates=len(config.search.rates) * tried,
         trunk=0.0 if config.train.recipe == "paper" else public / speed,
-        experts=train_tokens / speed,
+        experts=train_tokens / expert_speed,
         checks=2 * checked * length / check_speed,
         tokens_per_second=speed,
+        expert_tokens_per_second=expert_speed,
     )
 
 
@@ -222,26 +227,35 @@ class _Enough(Exception):  # noqa: N818 - the way out of the training loop, not 
     pass
 
 
-def _probe(model: Any, work: Work, rows: Rows, config: BuildConfig, watch: Watch) -> tuple[float, float]:
-    """Tokens a second: of training on real passages after one step to warm up, and of checking."""
-    chosen = _sample(np.flatnonzero(rows.train), (STEPS + 1) * config.train.batch, config.seed)
+def _probe(
+    model: Any, work: Work, rows: Rows, config: BuildConfig, after_trunk: bool, watch: Watch
+) -> tuple[float, float, float]:
+    """Tokens a second: of training on real passages as a trunk and as an expert, and of checking."""
+    batch, other = config.train.batch, expert_batch(config.train, after_trunk)
+    chosen = _sample(np.flatnonzero(rows.train), (STEPS + 1) * max(batch, other), config.seed)
     passages = [passage for document in work.passages(chosen.tolist()) for passage in document]
-    while len(passages) < 2 * config.train.batch:
+    while len(passages) < 2 * max(batch, other):
         passages += passages
+    speed = _speed(model, passages, config, batch, "trunk", watch)
+    expert_speed = speed if other == batch else _speed(model, passages, config, other, "experts", watch)
+    return speed, expert_speed, _check_speed(model, passages[: 2 * batch])
+
+
+def _speed(model: Any, passages: list[Passage], config: BuildConfig, batch: int, stage: Stage, watch: Watch) -> float:
+    """Tokens a second at so many passages a step, after one step to warm up."""
     ends: list[tuple[float, int]] = []
 
     def progress(tokens: int, loss: float) -> None:
         ends.append((time.perf_counter(), tokens))
-        watch(Event("trunk", sum(tokens for _, tokens in ends), 0))
+        watch(Event(stage, sum(tokens for _, tokens in ends), 0))
         if len(ends) > STEPS or (len(ends) > 1 and ends[-1][0] - ends[0][0] > SECONDS):
             raise _Enough
 
-    watch(Event("trunk", 0, 0, f"timing at most {STEPS} steps"))
-    start = fresh_adapter(model, config.train, config.seed)
+    watch(Event(stage, 0, 0, f"timing at most {STEPS} steps"))
+    start, settings = fresh_adapter(model, config.train, config.seed), replace(config.train, batch=batch)
     with suppress(_Enough):
-        train(model, passages, start, config.train, config.train.learning_rate, config.seed, progress=progress)
-    speed = sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
-    return speed, _check_speed(model, passages[: 2 * config.train.batch])
+        train(model, passages, start, settings, config.train.learning_rate, config.seed, progress=progress)
+    return sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
 
 
 def _check_speed(model: Any, passages: list[Passage]) -> float:

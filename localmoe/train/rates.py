@@ -12,6 +12,7 @@ from localmoe.train.checks import ENOUGH
 from localmoe.train.experts import AdapterTask
 from localmoe.train.groundwork import TRUNK, Groundwork
 from localmoe.train.progress import Event, Watch
+from localmoe.train.rows import Rows
 from localmoe.train.training import DivergedError, Progress
 
 JUDGES = 64
@@ -46,6 +47,11 @@ def lowest_of_the_best(tried: Mapping[float, float]) -> float:
     return min(factor for factor, nll in tried.items() if nll <= least + LEVEL)
 
 
+def judges_of(rows: Rows) -> list[int]:
+    """The tune documents that judge the trunk's rate, ascending; ids are random, so the first of them are a sample."""
+    return sorted(sorted(rows.where("tune", ()), key=lambda row: rows.ids[row])[:JUDGES])
+
+
 def search_rate(ground: Groundwork, watch: Watch) -> float:
     """The trunk's learning rate: `train.learning_rate`, times the lowest of the best `search.rates` if there are any.
 
@@ -56,12 +62,12 @@ def search_rate(ground: Groundwork, watch: Watch) -> float:
     if not asked.rates:
         return config.learning_rate
     public = ground.rows.where("train", ())
-    judges = sorted(ground.rows.where("tune", ()), key=lambda row: ground.rows.ids[row])[:JUDGES]
+    judges = judges_of(ground.rows)
     if not public or len(judges) < ENOUGH:
         why = f"{len(public)} documents to train on and {len(judges)} to tune on are public"
         watch(Event("rates", 1, 1, f"no rates were tried, {config.learning_rate:g} is used: {why}"))
         return config.learning_rate
-    task = ground.task(TRUNK, ground.config.seed, None, public, sorted(judges))
+    task = ground.task(TRUNK, ground.config.seed, None, public, judges)
     epochs = min(config.trunk_epochs, asked.tokens / ground.tokens(public, 1.0))
     task = replace(task, epochs=epochs, floor=0.0)
     tried = _tried(ground, "trunk", lambda factor: [replace(task, learning_rate=config.learning_rate * factor)], watch)

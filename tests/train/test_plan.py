@@ -75,8 +75,10 @@ def test_times_follow_from_tokens_and_measured_speed(tiny_corpus: Path, config: 
     )
     times = found.times
     assert times is not None
-    assert times.experts == pytest.approx(2 * found.tokens["train"] / times.tokens_per_second)
-    assert times.trunk == pytest.approx(times.experts / 4)  # every document is public
+    assert times.experts == pytest.approx(2 * found.tokens["train"] / times.expert_tokens_per_second)
+    assert times.trunk == pytest.approx(found.tokens["train"] / 2 / times.tokens_per_second)  # all are public
+    assert times.tokens_per_second != times.expert_tokens_per_second  # 8 passages a step, and one
+    assert any(event.stage == "experts" and event.done > 0 for event in events)
     assert times.rates == 0
     assert times.total == times.embed + times.trunk + times.experts + times.checks
     assert min(times.embed, times.checks) > 0
@@ -127,3 +129,9 @@ def test_rates_to_try_take_time_too(tiny_corpus: Path, config: BuildConfig) -> N
     assert found.times is not None
     few = found.times.experts * min(1, EXPERTS / len(found.sizes))  # a trial of the experts' rate trains a few of them
     assert found.times.rates == pytest.approx(3 * (100 / found.times.tokens_per_second + few))
+
+
+def test_rates_that_cannot_be_tried_take_no_time(tiny_corpus: Path, config: BuildConfig) -> None:
+    without = replace(config, search=SearchConfig((0.5, 1, 2)), corpus=replace(config.corpus, tune_fraction=0.0))
+    found = _measured(tiny_corpus, without, [])
+    assert found.times is not None and found.times.rates == 0

@@ -10,6 +10,7 @@ import tiny
 
 import localmoe
 from localmoe.config import BuildConfig, SearchConfig
+from localmoe.errors import ConfigError
 from localmoe.train import experts as training
 from localmoe.train import rates
 from localmoe.train.progress import Event
@@ -112,6 +113,13 @@ def test_without_tune_documents_nothing_is_tried_and_it_is_said(
     without = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tune_fraction=0.0))
     localmoe.build(tiny_corpus, tmp_path / "bank", without, watch=events.append)
     assert any("no rates were tried" in event.note for event in events if event.stage == "rates")
+
+
+def test_a_rate_without_another_is_refused_before_anything_is_read(tmp_path: Path, config: BuildConfig) -> None:
+    alone = dataclasses.replace(config, search=SearchConfig((0.5, 0.5)))
+    with pytest.raises(ConfigError, match=r"0\.5 alone") as error:
+        localmoe.build(tmp_path / "nowhere", tmp_path / "bank", alone)
+    assert "--try-rate 1" in error.value.remedy
 
 
 def _told(note: str) -> dict[float, float]:
