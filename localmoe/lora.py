@@ -91,6 +91,11 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
+def dequantised(weight: Tensor) -> Tensor:
+    """A weight as an ordinary tensor; of a kind that is none already a copy."""
+    return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
+
+
 class _Apply(torch.autograd.Function):
     """x Wᵀ + b + x Aᵀ (c·B)ᵀ with W frozen, in two products each way; keeps x and x Aᵀ, nothing else.
 
@@ -109,7 +114,7 @@ class _Apply(torch.autograd.Function):
         x, weight, A, scaled, narrow, c = ctx.saved_tensors
         (g,) = grads
         narrow_g = g @ scaled
-        dx = (g @ weight).addmm_(narrow_g, A) if ctx.needs_input_grad[0] else None
+        dx = (g @ dequantised(weight)).addmm_(narrow_g, A) if ctx.needs_input_grad[0] else None
         dA = (narrow_g.t() @ x).float() if ctx.needs_input_grad[3] else None
         dB = (g.t() @ narrow).float() * c if ctx.needs_input_grad[4] else None
         return dx, None, None, dA, dB, None

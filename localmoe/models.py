@@ -28,6 +28,7 @@ from torch import nn
 
 from localmoe import attention
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
+from localmoe.lora import dequantised
 from localmoe.packing import Passage, token_nll
 
 PACKAGED = {
@@ -187,10 +188,7 @@ def fingerprint(model: Any) -> Fingerprint:
     """Hashes of the architecture (configuration and shapes) and of sampled weights (specification, "Identity")."""
     weights = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        weight = parameter.detach()
-        if type(weight).dequantize is not torch.Tensor.dequantize:  # a kind of tensor that can hardly be indexed
-            weight = weight.dequantize()
-        flat = weight.reshape(-1)
+        flat = dequantised(parameter.detach()).reshape(-1)
         # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
         sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()
         weights.update(name.encode() + sample.numpy().tobytes())
@@ -277,7 +275,13 @@ def _packaged(name: str) -> Path:
     target = home() / "models" / f"{source.stem}-{source.stat().st_size}"
     from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{name} must be converted once, and {target.parent} cannot be written: {error.strerror}",
+            "let LOCALMOE_HOME name a folder that can be written",
+        ) from error
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:

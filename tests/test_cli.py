@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import localmoe
 from localmoe.cli import main
-from localmoe.config import BuildConfig, GenerateConfig, default_of
+from localmoe.config import BuildConfig, EvalConfig, GenerateConfig, default_of, load_eval_config
 from localmoe.errors import LocalMoEError, LockedError
 from localmoe.runtime.engine import Engine, open_engine
 
@@ -107,6 +107,12 @@ def test_help_of_build_lists_every_key() -> None:
     keys = localmoe.config._keys(BuildConfig)
     missing = [key for key in keys if f"{key}=" not in shown and "." in key]
     assert missing == []
+
+
+def test_lists_in_help_are_written_as_set_takes_them() -> None:
+    shown = run("eval", "--help").output
+    assert "fine_tune.rates=[0.5,1.0,2.0]" in shown and "fine_tune.batches=[1]" in shown
+    assert load_eval_config(None, ["fine_tune.rates=[0.5,1.0,2.0]"]) == EvalConfig()
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

@@ -163,6 +163,19 @@ def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch
     assert [file.suffix for file in (tmp_path / "home" / "models").iterdir()] == [".lock"]
 
 
+def test_a_packaged_model_without_a_home_to_convert_it_into_is_an_error_that_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    (tmp_path / "homeless.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path / "weights.gguf"))
+    monkeypatch.setitem(models.PACKAGED, "org/homeless", ("homeless", "weights.gguf"))
+    with pytest.raises(UsageError, match="cannot be written") as error:
+        models.locate("org/homeless")
+    assert "LOCALMOE_HOME" in error.value.remedy
+
+
 def test_the_tokenizer_of_the_tiny_base_reads_back_what_it_wrote(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_base))
     text = "boat sail Ω 10°\n"

@@ -138,5 +138,6 @@ def keys_epilog(config: type = BuildConfig) -> str:
 def _pair(key: str, field: Any) -> str:
     if field.default is None or isinstance(field.default, bool):
         return f"{key}={'null' if field.default is None else str(field.default).lower()}"
-    empty = {(): "\\[]", dataclasses.MISSING: "{}"}
-    return f"{key}={empty.get(field.default, field.default)}"
+    if isinstance(field.default, tuple):
+        return f"{key}=\\[{','.join(map(str, field.default))}]"  # as --set takes it
+    return f"{key}={'{}' if field.default is dataclasses.MISSING else field.default}"

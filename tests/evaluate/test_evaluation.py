@@ -354,3 +354,12 @@ def test_a_bank_without_public_documents_is_evaluated_without_what_is_trained_on
     assert "merged" in {method.name for method in found.methods}
     left_out = {check.name.split()[0] for check in found.checks if "left out" in check.name}
     assert left_out >= {"fine-tuned", "fine-tuned-full", "ttt", "ttt-trunk", "trunk", "context"}
+
+
+def test_a_quantised_base_is_evaluated(tiny_bank: Path, tiny_base: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    engine = localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder), quantised="int8")
+    config = replace(CONFIG, methods=("base", "trunk", "merged", "fine-tuned", "fine-tuned-full", "ttt-trunk"))
+    found = evaluate(engine, tmp_path, config, lambda *progress: None)
+    assert {method.name for method in found.methods} == {"base", "trunk", "merged", "fine-tuned", "ttt-trunk"}
+    assert found.checks[-1].name == "fine-tuned-full was left out"
