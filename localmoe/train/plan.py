@@ -99,7 +99,7 @@ def advice(plan: Plan) -> str:
         return f"{measure}: between what was seen to pay and what was not, so measure it: localmoe eval; {unlike}"
     return (
         f"{measure}: text is scarce, and more passes of one adapter may teach as much as experts; "
-        f"try train.trunk_epochs=2 or a lower rank, and measure it: localmoe eval; {unlike}"
+        f"try train.trunk_epochs=3 or a lower rank, and measure it: localmoe eval; {unlike}"
     )
 
 
