@@ -30,9 +30,9 @@ def closed_gap(results: Results, method: str, near: str = NEAR, far: str = FAR) 
 
 
 def gap_sentence(results: Results) -> str | None:
-    """The gap that the shipped default closes, or why there is none; None where the default was not scored."""
+    """The gap that the shipped default closes, or why there is none; None where it or test-time training is missing."""
     method = next((method for method in results.methods if method.default), None)
-    if method is None:
+    if method is None or results.method(FAR) is None:
         return None
     gap = method.detail.get("gap")
     if gap is None:  # an evaluation that was interrupted

@@ -45,8 +45,12 @@ def test_why_there_is_no_share_is_said_too() -> None:
     results = _made(0.5, gap=0.0)
     why = "no share of the gap from trunk to ttt-trunk can be told: "
     assert gap_sentence(results) == f"{why}ttt-trunk is not shown to be better than trunk on these 40 documents"
+    without = [method for method in results.methods if method.name != "trunk"]
+    assert gap_sentence(replace(results, methods=tuple(without))) == f"{why}trunk was not scored"
+
+
+def test_nothing_is_said_of_a_gap_that_was_not_asked_for() -> None:
+    results = _made(0.5)
     without = [method for method in results.methods if method.name != "ttt-trunk"]
-    assert gap_sentence(replace(results, methods=tuple(without))) == f"{why}ttt-trunk was not scored"
-    alone = [method for method in results.methods if method.default]
-    assert gap_sentence(replace(results, methods=tuple(alone))) == f"{why}trunk and ttt-trunk were not scored"
+    assert gap_sentence(replace(results, methods=tuple(without))) is None
     assert gap_sentence(replace(results, methods=())) is None
