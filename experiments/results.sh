@@ -19,10 +19,8 @@ measure() { # name, corpus, prefix, length, settings of the build ... -- setting
     "$bin/localmoe" eval "$work/$name-bank" -o "results/$name" --prefix "$prefix" --length "$length" "$@"
 }
 
-search=(--try-rate 0.5 --try-rate 1 --try-rate 2)
 small=(--base "$work/laboratory/model" --encoder static --clusters 12 --min-tokens 4000 --rank 4 --set train.alpha=4
-    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set threads=1
-    --learning-rate 8e-3 "${search[@]}" --set search.tokens=100000)
+    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set threads=1)
 methods=base,trunk,merged,fine-tuned,merged-1,uniform,null,ensemble,merged-10,ttt-trunk
 tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
@@ -35,20 +33,20 @@ for part in $parts; do
     mixed)
         [ -f "$work/mixed.jsonl" ] || "$bin/python" experiments/mixed_corpus.py "$work/mixed.jsonl" \
             "$work/laboratory/corpus.jsonl:text" "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
-        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 -- "${tuned[@]}" ;;
+        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
     wikipedia-laboratory)
-        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --sample-tokens 400000 -- \
-            "${tuned[@]}" ;;
+        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 48 --sample-tokens 600000 \
+            --learning-rate 8e-3 --set train.expert_rate=1 --active 10 -- "${tuned[@]}" ;;
     python-laboratory)
-        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 400000 -- \
-            "${tuned[@]}" ;;
+        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
+            --sample-tokens 400000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
     python)
-        measure python "$work/python.jsonl" 100 384 --base $base --sample-tokens 150000 --clusters 8 --min-tokens 7000 \
-            --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.4 "${search[@]}" --set search.tokens=30000 --set threads=1 -- \
-            --documents 250 --set fine_tune.tune_tokens=30000 --set 'fine_tune.rates=[1.0]' \
-            --methods base,trunk,merged,fine-tuned,null,ensemble ;;
+        measure python "$work/python.jsonl" 100 384 --base $base --sample-tokens 200000 --clusters 8 --min-tokens 7000 \
+            --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.35 --learning-rate 4e-3 --set train.trunk_epochs=0.75 \
+            --epochs 0.25 --set threads=1 -- --documents 200 --set 'fine_tune.rates=[1.0]' --set 'fine_tune.batches=[]' \
+            --methods trunk,merged,fine-tuned,null,merged-1,base,ensemble ;;
     wikipedia)
-        measure wikipedia "$articles" 50 384 --base $base --sample-tokens 250000 --clusters 8 "${search[@]}" \
+        measure wikipedia "$articles" 50 384 --base $base --sample-tokens 250000 --clusters 8 --try-rate 0.5 --try-rate 1 --try-rate 2 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 -- --documents 300 --methods $methods ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
