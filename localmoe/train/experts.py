@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from localmoe.train.work import Work
 
 ATTEMPTS = 2
 """A training that diverges is repeated once, at half the rate."""
+GENTLER = 0.25
+"""An expert that is worse than the trunk it started from is trained once more, at this share of its rate."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +81,55 @@ def run(task: AdapterTask, progress: Progress | None = None) -> AdapterResult:
     start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
     passages = [passage for document in work.passages(task.train_rows) for passage in document]
     try:
-        trained, rate, attempts = _train(model, task, passages, start, progress)
+        made = _made(model, work, task, passages, start, progress)
     except DivergedError as error:
         result = AdapterResult(None, Outcome("failed", 0, None, None, error.what))
     else:
+        trained = made.trained
         record = write_adapter(
             Path(task.bank),
             task.name,
             trained.adapter,
             task.base_id,
             needs_transpose(model),
-            Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, rate, attempts),
+            Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, made.rate, made.attempts),
         )
-        result = AdapterResult(record, _check(model, work, task, record, start))
+        result = AdapterResult(record, made.outcome)
     work.write_json(result_file(task.name), as_dict(result))
     return result
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A training that ended well, at which rate and attempt, and what the tune documents say of it."""
+
+    trained: Trained
+    rate: float
+    attempts: int
+    outcome: Outcome
+
+
+def _made(
+    model: Any,
+    work: Work,
+    task: AdapterTask,
+    passages: list[Passage],
+    start: Adapter | None,
+    progress: Progress | None,
+) -> _Made:
+    """Trained and checked; an expert that is worse than its trunk once more, gently, and the better one is kept."""
+    trained, rate, attempts = _train(model, task, passages, start, progress)
+    made = _Made(trained, rate, attempts, _check(model, work, task, trained.adapter, start))
+    if made.outcome.status != "harmful" or start is None:
+        return made
+    try:
+        trained, rate, more = _train(
+            model, replace(task, learning_rate=rate * GENTLER), passages, start, progress, attempts=1
+        )
+    except DivergedError:
+        return made
+    gentle = _Made(trained, rate, attempts + more, _check(model, work, task, trained.adapter, start))
+    return min(made, gentle, key=lambda one: math.inf if one.outcome.nll is None else one.outcome.nll)
 
 
 def rehearse(task: AdapterTask, progress: Progress | None = None) -> dict[int, Nll]:
@@ -130,10 +167,9 @@ def _train(
     raise AssertionError("unreachable")
 
 
-def _check(model: Any, work: Work, task: AdapterTask, record: AdapterRecord, start: Adapter | None) -> Outcome:
+def _check(model: Any, work: Work, task: AdapterTask, adapter: Adapter, start: Adapter | None) -> Outcome:
     """On the first passage of each tune document, against the trunk (or the base)."""
     documents = _tune_documents(work, task)
-    adapter = read_adapter(Path(task.bank) / record.folder)[0]
     return outcome(document_nll(model, documents, adapter), document_nll(model, documents, start))
 
 

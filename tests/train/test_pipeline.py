@@ -13,6 +13,7 @@ import tiny
 import torch
 
 import localmoe
+from localmoe.bank.manifest import Outcome
 from localmoe.bank.store import Bank, verify
 from localmoe.config import BuildConfig, ClusterConfig
 from localmoe.errors import BankError, ConfigError, CorpusError, TemporaryError, UnknownNameError, UsageError
@@ -325,6 +326,39 @@ def test_a_training_that_diverges_is_repeated_at_half_the_rate(
     (expert,) = bank.manifest.experts
     assert expert.adapter is not None and expert.adapter.training is not None
     assert (expert.adapter.training.attempts, expert.adapter.training.learning_rate) == (2, 0.005)
+
+
+@pytest.mark.parametrize(("losses", "rate", "status"), [((3.0, 1.0), 0.25, "good"), ((3.0, 4.0), 1.0, "harmful")])
+def test_an_expert_that_is_worse_than_its_trunk_is_trained_once_more_and_the_better_one_is_kept(
+    config: Make,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: tuple[float, float],
+    rate: float,
+    status: str,
+) -> None:
+    found = iter([Outcome("good", 9, 1.0, 2.0, None)])  # the trunk's
+
+    def told(*_: Any) -> Outcome:
+        nonlocal found
+        value = next(found, None)
+        if value is None:
+            found = iter([_judged(nll) for nll in losses])
+            value = next(found)
+        return value
+
+    monkeypatch.setattr(experts, "outcome", told)
+    asked = config(cluster={"clusters": 1}, train={"learning_rate": 1e-2, "expert_rate": 1.0})
+    (expert,) = localmoe.build(tiny_corpus, tmp_path / "bank", asked).manifest.experts
+    assert expert.adapter is not None and expert.adapter.training is not None
+    assert expert.outcome.status == status
+    assert expert.adapter.training.learning_rate == pytest.approx(rate * 1e-2)
+    assert expert.adapter.training.attempts == (2 if rate == 0.25 else 1)
+
+
+def _judged(nll: float) -> Outcome:
+    return Outcome("good" if nll < 2.0 else "harmful", 9, nll, 2.0, None)
 
 
 def test_a_training_that_diverges_twice_is_a_failed_expert_that_is_not_routed(
