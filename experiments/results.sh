@@ -36,7 +36,7 @@ for part in $parts; do
         measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
     wikipedia-laboratory)
         measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 48 --sample-tokens 600000 \
-            --learning-rate 8e-3 --set train.expert_rate=1 --active 10 -- "${tuned[@]}" ;;
+            --learning-rate 4e-3 --set train.expert_rate=1 --active 10 -- "${tuned[@]}" ;;
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
             --sample-tokens 400000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
