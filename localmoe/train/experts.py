@@ -77,9 +77,7 @@ def run(task: AdapterTask, progress: Progress | None = None) -> AdapterResult:
     work = Work(Path(task.bank), task.key)
     if work.has(result_file(task.name)):
         return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(task.name)))
-    model, _ = workplace(task.base, task.revision)
-    start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
-    passages = [passage for document in work.passages(task.train_rows) for passage in document]
+    model, passages, start = _material(work, task)
     try:
         made = _made(model, work, task, passages, start, progress)
     except DivergedError as error:
@@ -119,7 +117,9 @@ def _made(
 ) -> _Made:
     """Trained and checked; an expert that is worse than its trunk once more, gently, and the better one is kept."""
     trained, rate, attempts = _train(model, task, passages, start, progress)
-    made = _Made(trained, rate, attempts, _check(model, work, task, trained.adapter, start))
+    documents = _tune_documents(work, task)
+    reference = document_nll(model, documents, start)
+    made = _Made(trained, rate, attempts, outcome(document_nll(model, documents, trained.adapter), reference))
     if made.outcome.status != "harmful" or start is None:
         return made
     try:
@@ -128,16 +128,15 @@ def _made(
         )
     except DivergedError:
         return made
-    gentle = _Made(trained, rate, attempts + more, _check(model, work, task, trained.adapter, start))
+    checked = outcome(document_nll(model, documents, trained.adapter), reference)
+    gentle = _Made(trained, rate, attempts + more, checked)
     return min(made, gentle, key=lambda one: math.inf if one.outcome.nll is None else one.outcome.nll)
 
 
 def rehearse(task: AdapterTask, progress: Progress | None = None) -> dict[int, Nll]:
     """The loss of a task's tune documents after its training, of which nothing is kept. Raises DivergedError."""
     work = Work(Path(task.bank), task.key)
-    model, _ = workplace(task.base, task.revision)
-    start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
-    passages = [passage for document in work.passages(task.train_rows) for passage in document]
+    model, passages, start = _material(work, task)
     trained, _, _ = _train(model, task, passages, start, progress, attempts=1)
     return document_nll(model, _tune_documents(work, task), trained.adapter)
 
@@ -167,14 +166,15 @@ def _train(
     raise AssertionError("unreachable")
 
 
-def _check(model: Any, work: Work, task: AdapterTask, adapter: Adapter, start: Adapter | None) -> Outcome:
-    """On the first passage of each tune document, against the trunk (or the base)."""
-    documents = _tune_documents(work, task)
-    return outcome(document_nll(model, documents, adapter), document_nll(model, documents, start))
+def _material(work: Work, task: AdapterTask) -> tuple[Any, list[Passage], Adapter | None]:
+    """The base, the passages to train on, and the trunk to start from; none = from the base."""
+    model, _ = workplace(task.base, task.revision)
+    start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
+    return model, [passage for document in work.passages(task.train_rows) for passage in document], start
 
 
 def _tune_documents(work: Work, task: AdapterTask) -> dict[int, tuple[Passage, ...]]:
-    """The first passage of each tune document."""
+    """The first passage of each tune document, by which an adapter is checked against the trunk (or the base)."""
     passages = work.passages(task.tune_rows)
     return {row: parts[:1] for row, parts in zip(task.tune_rows, passages, strict=True)}
 
