@@ -42,4 +42,5 @@ install-dev: install
 	$(PIP) --editable '.[dev]'
 
 clean: ## remove what make and the demo made
-	rm -rf .venv demo-bank .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv demo-bank build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -f localmoe/runtime/execution/*.so

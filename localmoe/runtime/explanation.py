@@ -9,6 +9,7 @@ from localmoe.config import GenerateConfig
 from localmoe.runtime.calibration import planner
 from localmoe.runtime.engine import Engine
 from localmoe.runtime.execution.choice import Choice, Work
+from localmoe.runtime.execution.kernels import Level
 from localmoe.runtime.planner import predict
 
 
@@ -24,11 +25,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The work, what was chosen for it, and the cost of every choice, in the order in which they were tried."""
+    """The work, what was chosen for it, and the cost of every choice, in the order in which they were tried.
+
+    kernels: by which few tokens are multiplied with factors where they lie, see `execution.kernels`.
+    """
 
     work: Work
     chosen: Choice
     costs: tuple[Cost, ...]
+    kernels: Level
 
 
 def explain(engine: Engine, prompt: str, config: GenerateConfig) -> Explanation:
@@ -55,7 +60,7 @@ def explain(engine: Engine, prompt: str, config: GenerateConfig) -> Explanation:
             costs.append(Cost(choice, predicted, answer.seconds.total, answer.new_tokens))
     finally:
         executor.planner = before
-    return Explanation(work, plan.choice, tuple(costs))
+    return Explanation(work, plan.choice, tuple(costs), executor.beside.level)
 
 
 def _always(choice: Choice, _work: Work) -> Choice:

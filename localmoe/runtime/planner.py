@@ -19,13 +19,14 @@ import torch
 from localmoe.errors import UsageError
 from localmoe.models import home
 from localmoe.runtime.execution.choice import Choice, Way, Work
+from localmoe.runtime.execution.kernels import level
 
 Phase = Literal["base prefill", "base step", "beside prefill", "beside step", "write"]
 """A forward of a prompt and of one token a row, by plain weights and with factors beside them; a dense merge."""
 
 PHASES: tuple[Phase, ...] = ("base prefill", "base step", "beside prefill", "beside step", "write")
 
-_FORMAT = 1  # of a calibration on disk
+_FORMAT = 2  # of a calibration on disk
 _SMALLEST = 1e-6  # seconds; what is measured to take less takes this long
 _SHARED_READ = 0.5  # of a rank whose A is shared only B is read
 
@@ -157,10 +158,20 @@ def remember_calibration(key: str, calibration: Calibration) -> None:
 
 
 def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device, plain: bool) -> str:
-    """What decides the times: processor or GPU, cores, threads, torch, dtype, the base's architecture, plain or not."""
+    """What decides the times: processor or GPU, cores, threads, torch, kernels, dtype, architecture, plain or not."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = (_FORMAT, where, cores, torch.get_num_threads(), torch.__version__, str(dtype), architecture, plain)
+    parts = (
+        _FORMAT,
+        where,
+        cores,
+        torch.get_num_threads(),
+        torch.__version__,
+        level(),
+        str(dtype),
+        architecture,
+        plain,
+    )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -35,10 +35,13 @@ def explain_data(engine: Engine, prompt: str, config: GenerateConfig) -> dict[st
 
 def explanation_data(explanation: Explanation) -> dict[str, Any]:
     """An explanation as plain data; seconds from the routed prompt to the last token."""
+    from localmoe.runtime.execution.kernels import NAMES
+
     return {
         "prompt_tokens": explanation.work.prompt_tokens,
         "experts": explanation.work.experts,
         "rank": explanation.work.rank,
+        "kernels": NAMES[explanation.kernels],
         "chosen": _data(explanation.chosen),
         "costs": [
             {
@@ -62,6 +65,7 @@ def show_explanation(console: Console, data: dict[str, Any]) -> None:
     console.print()
     console.print(rows)
     work = f"{data['prompt_tokens']:,} tokens in the prompt, {data['experts']} experts of {data['rank']:g} ranks in all"
+    work += f"; kernels: {data['kernels']}"
     console.print(work, style="dim")
 
 

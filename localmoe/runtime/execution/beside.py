@@ -7,16 +7,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from localmoe.errors import UsageError
+from localmoe.runtime.execution import kernels
 from localmoe.runtime.execution.dense import is_plain
+from localmoe.runtime.execution.kernels import Buffer, Located
 from localmoe.runtime.execution.layout import Layout, Target
 from localmoe.runtime.execution.workspace import Active, Factors, Workspace
 
 _PLANS = 256
+
+Rows = NDArray[np.int64]
 
 
 class Beside:
@@ -24,7 +30,8 @@ class Beside:
 
     One product with A serves all targets of a group, since they read one input. The rows of a batch may have mixes of
     their own: the weights multiply the narrow activations x Aᵀ, so no factor is copied for a row or a token.
-    `held` says whose factors stay gathered, if any do.
+    Few tokens are multiplied with the factors where they lie (`kernels`), many with factors gathered side by side;
+    where there are no kernels, or all experts share A, all are. `held` says whose factors stay gathered, if any do.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -35,6 +42,12 @@ class Beside:
         self._lanes = [lane for block in self._blocks for group in block.groups for lane in group.lanes]
         self._groups = [group for block in self._blocks for group in block.groups]
         self._plans: dict[object, _Plan] = {}
+        self.buffer = Buffer()
+        self.near: int = 0
+        """As many tokens are multiplied where the factors lie."""
+        self.level = _level(layout)
+        """The kernels that multiply them there."""
+        self._weights: dict[int, Tensor] = {}
         self.active: Active | None = None
         self.workspace = self.passing
         self.current: _BlockLanes | None = None
@@ -42,7 +55,7 @@ class Beside:
     @property
     def bytes(self) -> int:
         """Memory held."""
-        return self.passing.bytes + self.staying.bytes
+        return self.passing.bytes + self.staying.bytes + self.buffer.bytes
 
     @contextmanager
     def attached(self, active: Active, stay: bool, key: object = None) -> Iterator[None]:
@@ -82,6 +95,8 @@ class Beside:
         return self._plans[key]
 
     def _begin(self, active: Active, stay: bool, key: object) -> None:
+        self.near = kernels.TOKENS[self.level] if active.shared is None else 0
+        stay = stay and self.near == 0  # the tokens that follow do not need them
         again = stay and key is not None and key == self.held
         self.active, self.workspace, self.current = active, self.staying if stay else self.passing, None
         for block in self._blocks:
@@ -98,14 +113,46 @@ class Beside:
         for group, kind in zip(self._groups, plan.groups, strict=True):
             group.c = None if merged else _on(made[kind], group.device)
             group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not merged
+        self._weights = {}
+        if self.near > 0:
+            self._locate(active, plan)
+
+    def _locate(self, active: Active, plan: _Plan) -> None:
+        """Tells every group and lane where the factors of the active experts lie."""
+        A, Bt = (
+            np.ascontiguousarray(np.stack(each).T) for each in zip(*[e.addresses for e in active.experts], strict=True)
+        )
+        for group, kind in zip(self._groups, plan.groups, strict=True):
+            group.A, group.width = _located(A, group.targets[0].place, plan.group_rows[kind]), sum(plan.sizes[kind])
+            for lane, rows in zip(group.lanes, plan.lane_rows[kind], strict=True):
+                lane.located = _located(Bt, lane.target.place, rows)
+
+    def narrow(self, x: Tensor, rows: Tensor, A: Located, width: int) -> Tensor:
+        """(x Aᵀ)·w of all experts and targets of a group, [tokens, width] fp32; rows: x as [tokens, d_in]."""
+        tokens = len(rows)
+        if tokens not in self._weights:
+            weights = self.active.weights  # type: ignore[union-attr]
+            self._weights[tokens] = (
+                weights.repeat_interleave(tokens // len(weights), dim=0) if len(weights) > 1 else weights
+            )
+        return kernels.narrow(self.level, rows.contiguous(), A, self._weights[tokens], width, self.buffer)
+
+    def widen(self, y: Tensor, Bt: Located, narrow: Tensor) -> None:
+        """y += what the narrow activations give a target."""
+        kernels.widen(self.level, y, Bt, narrow, self.buffer)
 
 
 class _Plan(NamedTuple):
-    """Per group the number of its kind, and per kind the experts' ranks of every target and the widths of x Aᵀ."""
+    """Per group the number of its kind, and per kind the experts' ranks of every target and the widths of x Aᵀ.
+
+    group_rows, lane_rows: rows of A of a whole group and of Bt of each target, [2, N]: how many, and their places.
+    """
 
     groups: list[int]
     ranks: list[tuple[tuple[int, ...], ...]]
     sizes: list[list[int]]
+    group_rows: list[Rows]
+    lane_rows: list[list[Rows]]
 
 
 def _plan(groups: Sequence[tuple[Target, ...]], active: Active) -> _Plan:
@@ -119,7 +166,30 @@ def _plan(groups: Sequence[tuple[Target, ...]], active: Active) -> _Plan:
             whole = [sum(each) for each in ranks]
             sizes.append(whole if shared is None else [shared.ranks[target.place] for target in group])
         numbers.append(kinds[ranks])
-    return _Plan(numbers, list(kinds), sizes)
+    group_rows, lane_rows = [], []
+    for ranks in kinds:
+        each = np.array(ranks)  # [targets, N]
+        whole = each.sum(axis=0)
+        first = np.cumsum(whole) - whole
+        group_rows.append(np.stack([whole, first]))
+        lane_rows.append(
+            [np.stack([own, first + before]) for own, before in zip(each, each.cumsum(axis=0) - each, strict=True)]
+        )
+    return _Plan(numbers, list(kinds), sizes, group_rows, lane_rows)
+
+
+def _located(addresses: NDArray[np.int64], place: int, rows: Rows) -> Located:
+    """One target's factors: addresses [targets, N]."""
+    experts = addresses.shape[1]
+    counts = kernels.address(rows)
+    where = kernels.address(addresses) + place * addresses.strides[0]
+    return Located(where, counts, counts + rows.strides[0], experts, (addresses, rows))
+
+
+def _level(layout: Layout) -> kernels.Level:
+    """The kernels that this base can be multiplied by."""
+    fits = layout.dtype == torch.bfloat16 and all(block.device.type == "cpu" for block in layout.blocks)
+    return kernels.level() if fits and all(target.d_in % 32 == 0 for target in layout.targets) else 0
 
 
 def _coefficients(active: Active, ranks: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -166,7 +236,7 @@ class _BlockLanes:
     def forget(self) -> None:
         """Lets go of the activations of the last pass."""
         for group in self.groups:
-            group.x = group.rows = None
+            group.x = group.rows = group.together = None
             group.narrow = ()
 
 
@@ -186,25 +256,32 @@ class _GroupLanes:
         self.x: Tensor | None = None
         self.rows: Tensor | None = None
         self.narrow: Sequence[Tensor] = ()
+        self.A: Located | None = None
+        self.width = 0
+        self.together: Tensor | None = None
 
-    def read(self, x: Tensor) -> Sequence[Tensor]:
-        """(x Aᵀ)·w for every target of the group, [tokens, R_t] each."""
+    def read(self, x: Tensor) -> None:
+        """(x Aᵀ)·w for every target of the group, [tokens, R_t] each, or for all of them `together`."""
+        owner, self.rows, self.x = self.block.owner, x.reshape(-1, self.d_in), x
+        near = len(self.rows) <= owner.near and x.dtype == torch.bfloat16
+        if near and self.A is not None and owner.active is not None:
+            if owner.active.by_row:
+                self._check_rows(x, len(owner.active.weights))
+            self.together = owner.narrow(x, self.rows, self.A, self.width)
+        else:
+            self.together, self.narrow = None, self._gathered(x)
+
+    def _gathered(self, x: Tensor) -> Sequence[Tensor]:
         if not self.block.ready:
             self.block.fill()
-        self.rows = x.reshape(-1, self.d_in)
-        narrow = torch.mm(self.rows, self.At)
-        if self.c is None:
-            self.narrow = narrow.split_with_sizes(self.sizes, 1)
-        elif self.spread:
-            self.narrow = self._spread(x, narrow)
-        else:
-            if self.c.dim() == 3:
-                self._by_row(x, narrow).mul_(self.c)
-            else:
-                narrow.mul_(self.c)
-            self.narrow = narrow.split_with_sizes(self.sizes, 1)
-        self.x = x
-        return self.narrow
+        narrow = torch.mm(self.rows, self.At)  # type: ignore[arg-type]
+        if self.spread:
+            return self._spread(x, narrow)
+        if self.c is not None and self.c.dim() == 3:
+            self._by_row(x, narrow).mul_(self.c)
+        elif self.c is not None:
+            narrow.mul_(self.c)
+        return narrow.split_with_sizes(self.sizes, 1)
 
     def _spread(self, x: Tensor, narrow: Tensor) -> tuple[Tensor, ...]:
         """Experts that share A: x Aᵀ once for all of them, times each row's weight of each expert."""
@@ -219,12 +296,16 @@ class _GroupLanes:
 
     def _by_row(self, x: Tensor, narrow: Tensor) -> Tensor:
         rows = self.c.shape[0]  # type: ignore[union-attr]
+        self._check_rows(x, rows)
+        return narrow.view(rows, -1, narrow.shape[1])
+
+    def _check_rows(self, x: Tensor, rows: int) -> None:
+        """Raises UsageError for an input that is not one row for each mix."""
         if x.dim() != 3 or x.shape[0] != rows:
             raise UsageError(
                 f"{self.targets[0].name} was given {list(x.shape)} in a batch of {rows} different mixes",
                 "this base mixes the rows of a batch: run one prompt after another",
             )
-        return narrow.view(rows, -1, narrow.shape[1])
 
 
 class _Lane:
@@ -232,10 +313,12 @@ class _Lane:
 
     def __init__(self, group: _GroupLanes, target: Target, place: int) -> None:
         self.group = group
+        self.target = target
         self.module = target.module
         self.place = place
         self.d_out = target.d_out
         self.Bt: Tensor = torch.empty(0)
+        self.located: Located | None = None
         self._plain = False
         self._base = target.module.forward
 
@@ -255,11 +338,15 @@ class _Lane:
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] → [..., d_out]."""
         group = self.group
-        narrow = group.narrow if x is group.x else group.read(x)
+        if x is not group.x:
+            group.read(x)
         if self._plain:
             parameters = self.module._parameters
             y = F.linear(group.rows, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         else:
             y = self._base(x).reshape(-1, self.d_out)
-        y.addmm_(narrow[self.place], self.Bt)
+        if group.together is not None and self.located is not None:
+            group.block.owner.widen(y, self.located, group.together)
+        else:
+            y.addmm_(group.narrow[self.place], self.Bt)
         return y.view(*x.shape[:-1], self.d_out)

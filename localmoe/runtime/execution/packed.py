@@ -6,15 +6,17 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmoe.errors import BankError
 from localmoe.lora import Adapter
+from localmoe.runtime.execution.kernels import address
 from localmoe.runtime.execution.layout import Block, Layout
 
 _LARGE = 4 * 2**20  # bytes; below, handing one half to another thread costs what it saves
@@ -40,6 +42,20 @@ class PackedExpert:
     def bytes(self) -> int:
         """Memory that this expert alone holds."""
         return sum(block.nbytes for block in self.blocks)
+
+    def factors(self, index: int) -> tuple[Any, ...]:
+        """Views of block `index`: A of all its targets, shared or not, then Bt of all."""
+        return self.parts[index] if self.shared is None else self.shared.parts[index] + self.parts[index]
+
+    @cached_property
+    def addresses(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where A and Bt of every target begin in main memory, by place."""
+        A, Bt = [], []
+        for index in range(len(self.parts)):
+            found = [address(part) for part in self.factors(index)]
+            A += found[: len(found) // 2]
+            Bt += found[len(found) // 2 :]
+        return np.array(A), np.array(Bt)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from localmoe.errors import BankError
+from localmoe.runtime.execution import kernels
 from localmoe.runtime.execution.layout import Block, Layout
 from localmoe.runtime.execution.packed import PackedExpert, SharedFactors, join
 
@@ -105,7 +106,7 @@ class Workspace:
         if shared is not None or all([expert.shared is None for expert in experts]):
             parts = [expert.parts[index] for expert in experts]
         else:
-            parts = [_whole(expert, index) for expert in experts]
+            parts = [expert.factors(index) for expert in experts]
             size += sum(A.numel() for one in experts if one.shared is not None for A in one.shared.groups[index])
         flat = self._flat(index, size)
         join(_interleaved(parts), flat)
@@ -114,11 +115,14 @@ class Workspace:
     def _summed(self, index: int, active: Active, shared: SharedFactors) -> Factors:
         """Σ_k w_k Bt_k in fp32, rounded once; A is the shared one itself."""
         blocks = [expert.blocks[index] for expert in active.experts]
-        total = torch.zeros(blocks[0].shape, dtype=torch.float32, device=blocks[0].device)
-        for block, weight in zip(blocks, active.scalars, strict=True):
-            total.add_(block, alpha=weight)
-        flat = self._flat(index, total.numel())
-        flat.copy_(total)
+        flat = self._flat(index, blocks[0].numel())
+        if kernels.level() > 0 and flat.device.type == "cpu" and flat.dtype == torch.bfloat16:
+            kernels.add(blocks, active.weights[0], flat)
+        else:
+            total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
+            for block, weight in zip(blocks, active.scalars, strict=True):
+                total.add_(block, alpha=weight)
+            flat.copy_(total)
         return self._factors(index, flat, [shared.ranks], shared)
 
     def _flat(self, index: int, size: int) -> Tensor:
@@ -147,10 +151,6 @@ class Workspace:
 def _interleaved(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Factor by factor, and of each factor expert by expert."""
     return list(chain.from_iterable(zip(*parts, strict=True)))
-
-
-def _whole(expert: PackedExpert, index: int) -> tuple[Any, ...]:
-    return expert.parts[index] if expert.shared is None else expert.shared.parts[index] + expert.parts[index]
 
 
 def _views(block: Block, flat: Tensor, R: dict[int, int], shared: tuple[Tensor, ...] | None) -> Factors:

@@ -1,0 +1,395 @@
+/* Products with the low-rank factors of several experts where they lie: every factor is read once and copied nowhere.
+
+   Activations and factors are bf16, what is between them fp32, sums fp32 and rounded once (to nearest, ties to even).
+   Two levels: 2 = AMX tiles, 1 = AVX-512 BF16; on a processor with neither, `localmoe_level` is 0 and nothing else may
+   be called. The threads are those of the OpenMP that torch has loaded: this file is linked to none of its own, since
+   two would wait for each other's threads. Buffers come from the caller. */
+#include <stdint.h>
+#include <string.h>
+
+#define WIDE 16  /* floats of a vector; rows, pairs and columns of a tile */
+#define DEEP 64  /* rows of Bt that are multiplied at a time */
+#define SUMMED 2048 /* numbers that are summed at a time: their sums stay in the nearest cache */
+
+typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
+
+#define WRITTEN __asm__ volatile("" ::: "memory") /* GCC does not know that loading a tile reads memory */
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512"
+#define BY_AVX512 __attribute__((target(AVX512)))
+#define BY_AMX __attribute__((target(AVX512 ",amx-tile,amx-bf16")))
+
+/* ---- numbers ---- */
+
+INLINE float one(uint16_t value) {
+    uint32_t word = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &word, sizeof result);
+    return result;
+}
+
+INLINE uint16_t rounded(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    uint32_t near = (word + 0x7fff + (word >> 16 & 1)) >> 16, nan = word >> 16 | 0x40;
+    return (uint16_t)((word & 0x7fffffff) > 0x7f800000 ? nan : near);
+}
+
+INLINE words read_words(const uint16_t *from) {
+    halves read;
+    memcpy(&read, from, sizeof read);
+    return __builtin_convertvector(read, words);
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- narrow: out[t, j] = w[t, k] · Σ_i x[t, i] A_k[j, i], for some rows j of one A_k ---- */
+
+/* x as bf16; d is a multiple of 32. `next`: what will be read after these rows. */
+BY_AVX512 static void narrow_pairs(const uint16_t *x, int64_t tokens, int64_t d, const uint16_t *A, int64_t rows,
+                                   const uint16_t *next, const float *weights, int64_t weight_step, float *out,
+                                   int64_t out_step) {
+    for (int64_t j = 0; j < rows; j += 4) {
+        const uint16_t *soon = j + 4 < rows ? A + (j + 4) * d : next;
+        for (int64_t t = 0; t < tokens; t += 4) {
+            int64_t high = least(rows - j, 4), broad = least(tokens - t, 4);
+            __m512 part[4][4];
+            for (int u = 0; u < 4; u++)
+                for (int v = 0; v < 4; v++) part[u][v] = _mm512_setzero_ps();
+            const uint16_t *a[4], *b[4];
+            for (int u = 0; u < 4; u++) a[u] = A + (j + (u < high ? u : 0)) * d;
+            for (int v = 0; v < 4; v++) b[v] = x + (t + (v < broad ? v : 0)) * d;
+            for (int64_t i = 0; i < d; i += 2 * WIDE) {
+                __m512bh left[4], right[4];
+                if (t == 0)
+                    for (int u = 0; u < 4; u++) __builtin_prefetch(soon + u * d + i);
+                for (int u = 0; u < 4; u++) left[u] = (__m512bh)_mm512_loadu_si512(a[u] + i);
+                for (int v = 0; v < 4; v++) right[v] = (__m512bh)_mm512_loadu_si512(b[v] + i);
+                for (int u = 0; u < 4; u++)
+                    for (int v = 0; v < 4; v++) part[u][v] = _mm512_dpbf16_ps(part[u][v], left[u], right[v]);
+            }
+            for (int64_t u = 0; u < high; u++)
+                for (int64_t v = 0; v < broad; v++)
+                    out[(t + v) * out_step + j + u] =
+                        _mm512_reduce_add_ps(part[u][v]) * weights[(t + v) * weight_step];
+        }
+    }
+}
+
+/* x in tiles [tokens / 16, d / 32, 16 pairs, 16 tokens, 2]; d is a multiple of 32. `tail`: room for 16 rows of A. */
+BY_AMX static void narrow_tiles(const uint16_t *x, int64_t tokens, int64_t d, const uint16_t *A, int64_t rows,
+                                const uint16_t *next, const float *weights, int64_t weight_step, float *out,
+                                int64_t out_step, uint16_t *tail) {
+    float made[2][WIDE][WIDE];
+    WRITTEN;
+    for (int64_t j = 0; j < rows; j += WIDE) {
+        int64_t high = least(rows - j, WIDE);
+        const uint16_t *a = A + j * d, *soon = j + WIDE < rows ? a + WIDE * d : next;
+        if (high < WIDE) {
+            memset(tail, 0, sizeof(uint16_t) * WIDE * d);
+            a = memcpy(tail, a, sizeof(uint16_t) * high * d);
+            WRITTEN;
+        }
+        for (int64_t t = 0; t < tokens; t += 2 * WIDE) {
+            int two = t + WIDE < tokens;
+            const uint16_t *b = x + t * d, *c = b + WIDE * d;
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int64_t i = 0; i < d; i += 2 * WIDE) {
+                if (t == 0)
+                    for (int u = 0; u < WIDE; u++) __builtin_prefetch(soon + u * d + i);
+                _tile_loadd(2, a + i, sizeof(uint16_t) * d);
+                _tile_loadd(3, b + i * WIDE, 4 * WIDE);
+                _tile_dpbf16ps(0, 2, 3);
+                if (two) {
+                    _tile_loadd(4, c + i * WIDE, 4 * WIDE);
+                    _tile_dpbf16ps(1, 2, 4);
+                }
+            }
+            _tile_stored(0, made[0], 4 * WIDE);
+            _tile_stored(1, made[1], 4 * WIDE);
+            for (int64_t v = 0; v < least(tokens - t, 2 * WIDE); v++)
+                for (int64_t u = 0; u < high; u++)
+                    out[(t + v) * out_step + j + u] = made[v / WIDE][u][v % WIDE] * weights[(t + v) * weight_step];
+        }
+    }
+}
+
+/* Every tile 16 rows of 64 bytes, for the calling thread. A constant: GCC 12 believes that 8 bytes of it are read. */
+BY_AMX static void open_tiles(void) {
+    static const struct __attribute__((aligned(64))) {
+        uint8_t palette, start, unused[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&shape);
+}
+
+BY_AMX static void close_tiles(void) { _tile_release(); }
+
+/* Two numbers of each of 16 tokens, pair by pair, as a tile wants them; tokens that are not there are zero. */
+static void tile_tokens(const uint16_t *x, int64_t tokens, int64_t d, int64_t first, uint16_t *tiles) {
+    uint32_t *made = (uint32_t *)(void *)tiles;
+    for (int64_t v = 0; v < WIDE; v++)
+        for (int64_t p = 0; p < d / 2; p++) {
+            uint32_t pair = 0;
+            if (first + v < tokens) memcpy(&pair, x + (first + v) * d + 2 * p, sizeof pair);
+            made[p * WIDE + v] = pair;
+        }
+}
+
+/* ---- widen: sums[t, o] += Σ_j n[t, j] Bt[j, o], for some columns o and rows j of one Bt ---- */
+
+/* Rows of Bt pair by pair, in tiles [columns / 16, pairs, 16 columns, 2]; what is not there is zero. */
+INLINE void tile_rows(const uint16_t *Bt, int64_t step, int64_t high, int64_t columns, const uint16_t *next,
+                      int64_t pairs, uint32_t *tiles) {
+    static const uint16_t nothing[WIDE] = {0};
+    for (int64_t p = 0; p < pairs; p++)
+        for (int64_t o = 0; o < columns; o += WIDE) {
+            __builtin_prefetch(next + 2 * p * step + o);
+            __builtin_prefetch(next + (2 * p + 1) * step + o);
+            const uint16_t *even = 2 * p < high ? Bt + 2 * p * step + o : nothing;
+            const uint16_t *odd = 2 * p + 1 < high ? Bt + (2 * p + 1) * step + o : nothing;
+            uint16_t rest[2][WIDE] = {{0}};
+            if (columns - o < WIDE && 2 * p < high) {
+                even = memcpy(rest[0], even, sizeof(uint16_t) * (columns - o));
+                if (odd != nothing) odd = memcpy(rest[1], odd, sizeof(uint16_t) * (columns - o));
+            }
+            words both = read_words(even) | read_words(odd) << 16;
+            memcpy(tiles + (o / WIDE * pairs + p) * WIDE, &both, sizeof both);
+        }
+}
+
+/* sums [tokens, broad]; n bf16 [tokens, DEEP], zero where there is no row; tiles as `tile_rows` lays them. */
+BY_AVX512 static void widen_pairs(float *sums, int64_t tokens, int64_t broad, const uint32_t *tiles, int64_t pairs,
+                                  const uint16_t *n) {
+    for (int64_t o = 0; o < broad; o += WIDE, tiles += pairs * WIDE)
+        for (int64_t t = 0; t < tokens; t += 8) {
+            __m512 part[8];
+            const uint16_t *given[8];
+            for (int v = 0; v < 8; v++) {
+                given[v] = n + (t + (t + v < tokens ? v : 0)) * DEEP;
+                part[v] = _mm512_loadu_ps(sums + (t + (t + v < tokens ? v : 0)) * broad + o);
+            }
+            for (int64_t p = 0; p < pairs; p++) {
+                __m512bh read = (__m512bh)_mm512_loadu_si512(tiles + p * WIDE);
+                for (int v = 0; v < 8; v++) {
+                    int pair;
+                    memcpy(&pair, given[v] + 2 * p, sizeof pair);
+                    part[v] = _mm512_dpbf16_ps(part[v], (__m512bh)_mm512_set1_epi32(pair), read);
+                }
+            }
+            for (int v = 0; v < least(tokens - t, 8); v++) _mm512_storeu_ps(sums + (t + v) * broad + o, part[v]);
+        }
+}
+
+/* The same; sums and n have rows for a multiple of 16 tokens. */
+BY_AMX static void widen_tiles(float *sums, int64_t tokens, int64_t broad, const uint32_t *tiles, int64_t pairs,
+                               const uint16_t *n) {
+    WRITTEN;
+    for (int64_t o = 0; o < broad; o += WIDE, tiles += pairs * WIDE)
+        for (int64_t t = 0; t < tokens; t += 2 * WIDE) {
+            int two = t + WIDE < tokens;
+            _tile_loadd(0, sums + t * broad + o, 4 * broad);
+            if (two) _tile_loadd(1, sums + (t + WIDE) * broad + o, 4 * broad);
+            for (int64_t p = 0; p < pairs; p += WIDE) {
+                _tile_loadd(3, tiles + p * WIDE, 4 * WIDE);
+                _tile_loadd(2, n + t * DEEP + 2 * p, 2 * DEEP);
+                _tile_dpbf16ps(0, 2, 3);
+                if (two) {
+                    _tile_loadd(4, n + (t + WIDE) * DEEP + 2 * p, 2 * DEEP);
+                    _tile_dpbf16ps(1, 4, 3);
+                }
+            }
+            _tile_stored(0, sums + t * broad + o, 4 * broad);
+            if (two) _tile_stored(1, sums + (t + WIDE) * broad + o, 4 * broad);
+        }
+}
+
+/* ---- one thread's part of a product, once for each level ---- */
+
+struct factors { /* of the active experts: where each begins, its rows, and its place in a row of n */
+    const uint16_t *const *from;
+    const int64_t *rows, *places;
+    int64_t count;
+};
+
+struct narrow { /* see localmoe_narrow */
+    const void *x;
+    int64_t tokens, d;
+    struct factors A;
+    const float *weights;
+    int64_t weight_step;
+    float *out;
+    int64_t out_step;
+};
+
+INLINE void narrow_part(int level, const struct narrow *all, uint16_t *tail, int64_t part, int64_t parts) {
+    struct factors A = all->A;
+    int64_t blocks = 0, seen = 0, d = all->d;
+    for (int64_t k = 0; k < A.count; k++) blocks += (A.rows[k] + WIDE - 1) / WIDE;
+    int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+    for (int64_t k = 0; k < A.count; seen += (A.rows[k++] + WIDE - 1) / WIDE) {
+        int64_t begin = (first > seen ? first - seen : 0) * WIDE, end = least((last - seen) * WIDE, A.rows[k]);
+        if (end <= begin) continue;
+        const uint16_t *from = A.from[k] + begin * d, *next = k + 1 < A.count ? A.from[k + 1] : from;
+        const float *weights = all->weights + k;
+        float *out = all->out + A.places[k] + begin;
+        if (level == 2)
+            narrow_tiles(all->x, all->tokens, d, from, end - begin, next, weights, all->weight_step, out,
+                         all->out_step, tail);
+        else
+            narrow_pairs(all->x, all->tokens, d, from, end - begin, next, weights, all->weight_step, out,
+                         all->out_step);
+    }
+}
+
+struct widen { /* see localmoe_widen */
+    uint16_t *y;
+    int64_t tokens, d_out;
+    struct factors Bt;
+    const float *n;
+    int64_t n_step;
+};
+
+INLINE void widen_part(int level, const struct widen *all, int64_t first, int64_t columns, float *sums, uint32_t *tiles,
+                       uint16_t *given) {
+    int64_t tokens = all->tokens, d_out = all->d_out, broad = (columns + WIDE - 1) / WIDE * WIDE;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t o = 0; o < columns; o++) sums[t * broad + o] = one(all->y[t * d_out + first + o]);
+    for (int64_t k = 0; k < all->Bt.count; k++)
+        for (int64_t j = 0; j < all->Bt.rows[k]; j += DEEP) {
+            int64_t high = least(all->Bt.rows[k] - j, DEEP);
+            const uint16_t *from = all->Bt.from[k] + j * d_out + first;
+            const float *n = all->n + all->Bt.places[k] + j;
+            int64_t pairs = level == 2 ? (high + 2 * WIDE - 1) / (2 * WIDE) * WIDE : (high + 1) / 2;
+            const uint16_t *next = j + DEEP < all->Bt.rows[k]  ? from + DEEP * d_out
+                                   : k + 1 < all->Bt.count ? all->Bt.from[k + 1] + first
+                                                           : from;
+            tile_rows(from, d_out, high, columns, next, pairs, tiles);
+            for (int64_t t = 0; t < tokens; t++) {
+                for (int64_t i = 0; i < high; i++) given[t * DEEP + i] = rounded(n[t * all->n_step + i]);
+                for (int64_t i = high; i < 2 * pairs; i++) given[t * DEEP + i] = 0;
+            }
+            if (level == 2)
+                widen_tiles(sums, tokens, broad, tiles, pairs, given);
+            else
+                widen_pairs(sums, tokens, broad, tiles, pairs, given);
+        }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t o = 0; o < columns; o++) all->y[t * d_out + first + o] = rounded(sums[t * broad + o]);
+}
+
+BY_AVX512 static void sum_part(const uint16_t *const *from, const float *weights, int64_t count, int64_t start,
+                               int64_t length, uint16_t *out) {
+    float sums[SUMMED] = {0};
+    for (int64_t k = 0; k < count; k++) {
+        const uint16_t *read = from[k] + start, *next = from[least(k + 1, count - 1)] + start;
+        for (int64_t i = 0; i < length; i += 2 * WIDE) { /* a line of memory */
+            __builtin_prefetch(next + i);
+            for (int64_t j = i; j < least(i + 2 * WIDE, length); j++) sums[j] += weights[k] * one(read[j]);
+        }
+    }
+    for (int64_t i = 0; i < length; i++) out[start + i] = rounded(sums[i]);
+}
+
+#define LEVEL(number, TARGET)                                                                                        \
+    TARGET static void narrow_##number(const struct narrow *all, uint16_t *tail, int64_t part, int64_t parts) {      \
+        narrow_part(number, all, tail, part, parts);                                                                 \
+    }                                                                                                                \
+    TARGET static void widen_##number(const struct widen *all, int64_t first, int64_t columns, float *sums,          \
+                                      uint32_t *tiles, uint16_t *given) {                                            \
+        widen_part(number, all, first, columns, sums, tiles, given);                                                 \
+    }
+LEVEL(1, BY_AVX512)
+LEVEL(2, BY_AMX)
+
+/* ---- what is called ---- */
+
+/* The level of this machine; asks the system for the use of tiles. */
+int localmoe_level(void) {
+    unsigned a, b, c, d, tiles = 1u << 22 | 1u << 24;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl"))
+        return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles) return 1;
+    return syscall(SYS_arch_prctl, 0x1023, 18) ? 1 : 2; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+}
+
+static int64_t padded(int64_t tokens) { return (tokens + 2 * WIDE - 1) / (2 * WIDE) * (2 * WIDE); }
+
+/* Bytes of the buffer that `localmoe_narrow` (d_out = 0) or `localmoe_widen` (d = 0) needs. */
+int64_t localmoe_bytes(int64_t tokens, int64_t d, int64_t d_out, int64_t threads) {
+    int64_t columns = d_out / threads + 4 * WIDE;
+    int64_t own = WIDE * d * 2 + padded(tokens) * (columns * 4 + DEEP * 2) + DEEP * columns * 2;
+    return padded(tokens) * d * 2 + threads * own;
+}
+
+/* out[t, places_k + j] = weights[t · weight_step + k] · Σ_i x[t, i] A_k[j, i]: x [tokens, d] bf16, A_k [rows_k, d]
+   bf16, out [tokens, out_step] fp32; d is a multiple of 32. */
+void localmoe_narrow(int level, int64_t threads, const uint16_t *x, int64_t tokens, int64_t d,
+                     const uint16_t *const *A, const int64_t *rows, const int64_t *places, int64_t experts,
+                     const float *weights, int64_t weight_step, float *out, int64_t out_step, char *buffer) {
+    struct narrow all = {x, tokens, d, {A, rows, places, experts}, weights, weight_step, out, out_step};
+    uint16_t *tiles = (uint16_t *)(void *)buffer, *tails = tiles + padded(tokens) * d;
+    if (level == 2) all.x = tiles;
+#pragma omp parallel num_threads(threads)
+    {
+        if (level == 2) {
+#pragma omp for
+            for (int64_t t = 0; t < padded(tokens); t += WIDE) tile_tokens(x, tokens, d, t, tiles + t * d);
+        }
+#pragma omp for schedule(static, 1)
+        for (int64_t part = 0; part < threads; part++)
+            if (level == 2) {
+                open_tiles();
+                narrow_2(&all, tails + part * WIDE * d, part, threads);
+                close_tiles();
+            } else
+                narrow_1(&all, tails, part, threads);
+    }
+}
+
+/* y[t, o] += Σ_k Σ_j n[t, places_k + j] Bt_k[j, o]: y [tokens, d_out] bf16, Bt_k [rows_k, d_out] bf16,
+   n [tokens, n_step] fp32. */
+void localmoe_widen(int level, int64_t threads, uint16_t *y, int64_t tokens, int64_t d_out,
+                    const uint16_t *const *Bt, const int64_t *rows, const int64_t *places, int64_t experts,
+                    const float *n, int64_t n_step, char *buffer) {
+    struct widen all = {y, tokens, d_out, {Bt, rows, places, experts}, n, n_step};
+    int64_t units = (d_out + 2 * WIDE - 1) / (2 * WIDE), bytes = localmoe_bytes(tokens, 0, d_out, threads) / threads;
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t part = 0; part < threads; part++) {
+        int64_t first = units * part / threads * 2 * WIDE;
+        int64_t last = least(units * (part + 1) / threads * 2 * WIDE, d_out);
+        if (last <= first) continue;
+        int64_t broad = (last - first + WIDE - 1) / WIDE * WIDE;
+        float *sums = (float *)(void *)(buffer + part * bytes);
+        uint32_t *tiles = (uint32_t *)(void *)(sums + padded(tokens) * broad);
+        uint16_t *given = (uint16_t *)(void *)(tiles + DEEP / 2 * broad);
+        if (level == 2) {
+            open_tiles();
+            widen_2(&all, first, last - first, sums, tiles, given);
+            close_tiles();
+        } else
+            widen_1(&all, first, last - first, sums, tiles, given);
+    }
+}
+
+/* out = Σ_k weights_k · from_k, over `count` numbers. */
+void localmoe_sum(int64_t threads, const uint16_t *const *from, const float *weights, int64_t experts, int64_t count,
+                  uint16_t *out) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t start = 0; start < count; start += SUMMED)
+        sum_part(from, weights, experts, start, least(count - start, SUMMED), out);
+}
+
+#else
+int localmoe_level(void) { return 0; }
+#endif

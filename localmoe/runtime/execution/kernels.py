@@ -1,0 +1,143 @@
+"""Products with factors where they lie: `kernels.c`, compiled when LocalMoE is installed, for processors it suits.
+
+PyTorch's products want the factors of the active experts side by side, and gathering them costs more than multiplying.
+Where there was no C compiler, or the processor has no AVX-512 BF16, `level` is 0 and execution gathers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Level = Literal[0, 1, 2]
+"""0: none; 1: AVX-512 BF16; 2: AMX tiles."""
+
+NAMES: dict[Level, str] = {0: "none", 1: "AVX-512 BF16", 2: "AMX"}
+
+TOKENS: dict[Level, int] = {0: 0, 1: 48, 2: 384}
+"""As many tokens are multiplied where the factors lie; for more, gathering them costs less (docs/performance.md)."""
+
+
+class Located(NamedTuple):
+    """Where one factor of all active experts lies: addresses of three arrays [N] int64, which `kept` keeps alive.
+
+    where: the address of each expert's factor; rows: how many it has; places: where its numbers begin in a row of n.
+    """
+
+    where: int
+    rows: int
+    places: int
+    experts: int
+    kept: tuple[object, ...]
+
+
+@cache
+def level() -> Level:
+    """What this machine has."""
+    library = _library()
+    found = 0 if library is None else library.localmoe_level()
+    return 2 if found == 2 else 1 if found == 1 else 0
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where a numpy array begins in memory."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+def narrow(at: Level, x: Tensor, A: Located, weights: Tensor, width: int, buffer: Buffer) -> Tensor:
+    """w_k · x A_kᵀ of all experts in one row: x [tokens, d] bf16, weights [tokens or 1, N] fp32 → [tokens, width] fp32.
+
+    A_k [rows_k, d] bf16; d must be a multiple of 32.
+    """
+    (tokens, d), threads = x.shape, torch.get_num_threads()
+    out = torch.empty(tokens, width)
+    step = 0 if len(weights) == 1 else A.experts
+    given = (x.data_ptr(), tokens, d, A.where, A.rows, A.places, A.experts, weights.data_ptr(), step)
+    _loaded().localmoe_narrow(at, threads, *given, out.data_ptr(), width, buffer.of(tokens, d, 0))
+    return out
+
+
+def widen(at: Level, y: Tensor, Bt: Located, narrow: Tensor, buffer: Buffer) -> None:
+    """y += Σ_k n_k Bt_k, rounded once: y [tokens, d_out] bf16, n as `narrow` left it, Bt_k [rows_k, d_out] bf16."""
+    (tokens, d_out), threads = y.shape, torch.get_num_threads()
+    given = (y.data_ptr(), tokens, d_out, Bt.where, Bt.rows, Bt.places, Bt.experts, narrow.data_ptr(), narrow.shape[1])
+    _loaded().localmoe_widen(at, threads, *given, buffer.of(tokens, 0, d_out))
+
+
+def add(parts: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
+    """out = Σ_k w_k · part_k in fp32, rounded once; parts and `out` are bf16, of one size; weights [N] fp32."""
+    where = np.array([part.data_ptr() for part in parts])
+    given = (address(where), weights.data_ptr(), len(parts), out.numel(), out.data_ptr())
+    _loaded().localmoe_sum(torch.get_num_threads(), *given)
+
+
+class Buffer:
+    """Memory for what the products put aside; it grows and is used again."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._bytes: dict[tuple[int, int, int, int], int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return self._memory.nbytes
+
+    def of(self, tokens: int, d: int, d_out: int) -> int:
+        """Its address, large enough for a product of this shape."""
+        key = (tokens, d, d_out, torch.get_num_threads())
+        if key not in self._bytes:
+            self._bytes = {} if len(self._bytes) > 1000 else self._bytes
+            self._bytes[key] = _loaded().localmoe_bytes(*key)
+        if self._memory.nbytes < self._bytes[key]:
+            self._memory = torch.empty(self._bytes[key], dtype=torch.uint8)
+        return self._memory.data_ptr()
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("kernels.c was not compiled: ask `level` first")
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled file beside this one. Its threads are those of torch's OpenMP, which `import torch` has loaded."""
+    for suffix in EXTENSION_SUFFIXES:
+        file = Path(__file__).with_name(f"kernels_c{suffix}")
+        if file.is_file():
+            try:
+                library = ctypes.CDLL(str(file))
+            except OSError:  # of another machine, or torch brings an OpenMP of another kind
+                return None
+            return _typed(library)
+    return None
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    level, address, number = (ctypes.c_int,), (ctypes.c_void_p,), (ctypes.c_int64,)
+    factors = (*address * 3, *number)
+    head = (*level, *number, *address, *number * 2, *factors, *address, *number)
+    arguments = {
+        "localmoe_level": (),
+        "localmoe_bytes": number * 4,
+        "localmoe_narrow": (*head, *address, *number, *address),
+        "localmoe_widen": (*head, *address),
+        "localmoe_sum": (*number, *address * 2, *number * 2, *address),
+    }
+    results = {"localmoe_level": ctypes.c_int, "localmoe_bytes": ctypes.c_int64}
+    for name, types in arguments.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, results.get(name)
+    return library
