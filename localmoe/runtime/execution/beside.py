@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from localmoe.errors import UsageError
 from localmoe.runtime.execution import kernels
 from localmoe.runtime.execution.dense import is_plain
-from localmoe.runtime.execution.kernels import Buffer, Located
+from localmoe.runtime.execution.kernels import Buffer, Located, located
 from localmoe.runtime.execution.layout import Layout, Target
-from localmoe.runtime.execution.workspace import Active, Factors, Workspace
+from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
 
 _PLANS = 256
 
@@ -45,7 +45,7 @@ class Beside:
         self.buffer = Buffer()
         self.near: int = 0
         """As many tokens are multiplied where the factors lie."""
-        self.level = _level(layout)
+        self.level = level_for(layout)
         """The kernels that multiply them there."""
         self._weights: dict[int, Tensor] = {}
         self.active: Active | None = None
@@ -119,13 +119,11 @@ class Beside:
 
     def _locate(self, active: Active, plan: _Plan) -> None:
         """Tells every group and lane where the factors of the active experts lie."""
-        A, Bt = (
-            np.ascontiguousarray(np.stack(each).T) for each in zip(*[e.addresses for e in active.experts], strict=True)
-        )
+        A, Bt = active.addresses
         for group, kind in zip(self._groups, plan.groups, strict=True):
-            group.A, group.width = _located(A, group.targets[0].place, plan.group_rows[kind]), sum(plan.sizes[kind])
+            group.A, group.width = located(A, group.targets[0].place, plan.group_rows[kind]), sum(plan.sizes[kind])
             for lane, rows in zip(group.lanes, plan.lane_rows[kind], strict=True):
-                lane.located = _located(Bt, lane.target.place, rows)
+                lane.located = located(Bt, lane.target.place, rows)
 
     def narrow(self, x: Tensor, rows: Tensor, A: Located, width: int) -> Tensor:
         """(x Aᵀ)·w of all experts and targets of a group, [tokens, width] fp32; rows: x as [tokens, d_in]."""
@@ -176,20 +174,6 @@ def _plan(groups: Sequence[tuple[Target, ...]], active: Active) -> _Plan:
             [np.stack([own, first + before]) for own, before in zip(each, each.cumsum(axis=0) - each, strict=True)]
         )
     return _Plan(numbers, list(kinds), sizes, group_rows, lane_rows)
-
-
-def _located(addresses: NDArray[np.int64], place: int, rows: Rows) -> Located:
-    """One target's factors: addresses [targets, N]."""
-    experts = addresses.shape[1]
-    counts = kernels.address(rows)
-    where = kernels.address(addresses) + place * addresses.strides[0]
-    return Located(where, counts, counts + rows.strides[0], experts, (addresses, rows))
-
-
-def _level(layout: Layout) -> kernels.Level:
-    """The kernels that this base can be multiplied by."""
-    fits = layout.dtype == torch.bfloat16 and all(block.device.type == "cpu" for block in layout.blocks)
-    return kernels.level() if fits and all(target.d_in % 32 == 0 for target in layout.targets) else 0
 
 
 def _coefficients(active: Active, ranks: tuple[tuple[int, ...], ...]) -> Tensor:

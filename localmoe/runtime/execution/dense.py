@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from localmoe.errors import BankError, UsageError
 from localmoe.lora import weight_of
+from localmoe.runtime.execution.kernels import lay, located
 from localmoe.runtime.execution.layout import Layout, Target
-from localmoe.runtime.execution.workspace import Active, Workspace
+from localmoe.runtime.execution.workspace import Active, Workspace, level_for
 
 
 class DenseBuffer:
@@ -24,13 +26,15 @@ class DenseBuffer:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._workspace = Workspace(layout, whole=False)
+        self._level = level_for(layout)
+        self._both = torch.empty(0)
         self._buffers: dict[str, nn.Parameter] = {}
         self.held: object = None
 
     @property
     def bytes(self) -> int:
         """Memory held, the workspace included."""
-        return sum(buffer.nbytes for buffer in self._buffers.values()) + self._workspace.bytes
+        return sum(buffer.nbytes for buffer in self._buffers.values()) + self._workspace.bytes + self._both.nbytes
 
     @torch.no_grad()
     def write(self, active: Active, key: object = None) -> None:
@@ -43,6 +47,10 @@ class DenseBuffer:
             return
         self.held = None  # until it is whole
         summed = active.shared is not None
+        if self._level > 0 and not summed:
+            self._write_laid(active)
+            self.held = key
+            return
         for index, block in enumerate(self._layout.blocks):
             factors = self._workspace.fill(index, active, merge_shared=True)
             targets = iter(zip(block.targets, factors.Bt, strict=True))
@@ -54,10 +62,33 @@ class DenseBuffer:
                         if not summed:
                             _scale(Bt, active, target)
                         self._merge(target, At[:, start : start + len(Bt)], Bt)
-                    elif target.name in self._buffers:
-                        self._target(target).copy_(weight_of(target.module))
+                    else:
+                        self._keep(target)
                     start += len(Bt)
         self.held = key
+
+    def _write_laid(self, active: Active) -> None:
+        """The same by `kernels.lay`, target by target, into memory that the nearest caches hold."""
+        A, Bt = active.addresses
+        weights = active.weights[0]
+        for target in self._layout.targets:
+            rows = np.array([[expert.ranks[target.place] for expert in active.experts]] * 2)
+            total = int(rows[0].sum())
+            if total == 0:
+                self._keep(target)
+                continue
+            all_A, all_B = self._laid(total, target)
+            lay(located(A, target.place, rows), located(Bt, target.place, rows), weights, all_A, all_B)
+            self._merge(target, all_A.t(), all_B.t())
+
+    def _laid(self, rank: int, target: Target) -> tuple[Tensor, Tensor]:
+        """Memory for A [rank, d_in] and B [d_out, rank] of a target, used again for the next."""
+        sizes = rank * target.d_in, rank * target.d_out
+        if self._both.numel() < sum(sizes):
+            with torch.inference_mode(False):
+                self._both = torch.empty(sum(sizes), dtype=self._layout.dtype)
+        all_A, all_B = self._both[: sum(sizes)].split_with_sizes(sizes)
+        return all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
 
     @torch.no_grad()
     def write_deltas(self, deltas: Mapping[str, Tensor], key: object = None) -> None:
@@ -77,8 +108,8 @@ class DenseBuffer:
             base = weight_of(target.module)
             if name in deltas:
                 torch.add(base, deltas[name].to(base.device, base.dtype), out=self._target(target))
-            elif name in self._buffers:
-                self._target(target).copy_(base)
+            else:
+                self._keep(target)
         self.held = key
 
     @contextmanager
@@ -97,6 +128,11 @@ class DenseBuffer:
         finally:
             for (parameters, _), weight in zip(swaps, originals, strict=True):
                 parameters["weight"] = weight
+
+    def _keep(self, target: Target) -> None:
+        """The base's own weight, of a target that no expert changes."""
+        if target.name in self._buffers:
+            self._target(target).copy_(weight_of(target.module))
 
     def _merge(self, target: Target, At: Tensor, Bt: Tensor) -> None:
         out = self._target(target)

@@ -212,6 +212,34 @@ BY_AMX static void widen_tiles(float *sums, int64_t tokens, int64_t broad, const
         }
 }
 
+/* ---- lay: the factors of one target side by side, for a dense product ---- */
+
+/* 32 rows at most of weight · Bt, transposed to columns of B [d_out, step]; rounded once. */
+BY_AVX512 static void lay_rows(const uint16_t *Bt, int64_t high, int64_t d_out, const uint16_t *next, float weight,
+                               uint16_t *B, int64_t step) {
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(WIDE));
+    const __m512 times = _mm512_set1_ps(weight);
+    const __mmask32 there = (__mmask32)((1ull << high) - 1);
+    uint32_t pairs[WIDE][WIDE];
+    for (int64_t o = 0; o < d_out; o += WIDE) {
+        __mmask16 columns = (__mmask16)((1u << least(d_out - o, WIDE)) - 1);
+        for (int64_t j = 0; j < 2 * WIDE; j += 2) {
+            __m512i both[2];
+            for (int64_t u = 0; u < 2; u++) {
+                __builtin_prefetch(next + (j + u) * d_out + o);
+                const uint16_t *row = Bt + (j + u < high ? j + u : 0) * d_out + o;
+                __m512i read = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, row));
+                __m512 made = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(read, 16)), times);
+                both[u] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(made));
+            }
+            _mm512_storeu_si512(pairs[j / 2], _mm512_or_si512(both[0], _mm512_slli_epi32(both[1], 16)));
+        }
+        for (int64_t v = 0; v < least(d_out - o, WIDE); v++)
+            _mm512_mask_storeu_epi16(B + (o + v) * step, there, _mm512_i32gather_epi32(places, &pairs[0][v], 4));
+    }
+}
+
 /* ---- one thread's part of a product, once for each level ---- */
 
 struct factors { /* of the active experts: where each begins, its rows, and its place in a row of n */
@@ -379,6 +407,24 @@ void localmoe_widen(int level, int64_t threads, uint16_t *y, int64_t tokens, int
             close_tiles();
         } else
             widen_1(&all, first, last - first, sums, tiles, given);
+    }
+}
+
+/* A [Σ rows, d] = the A_k under one another; B [d_out, Σ rows] = the weights_k · Bt_k, transposed, beside one another. */
+void localmoe_lay(int64_t threads, const uint16_t *const *A, const uint16_t *const *Bt, const int64_t *rows,
+                  int64_t experts, int64_t d, int64_t d_out, const float *weights, uint16_t *all_A, uint16_t *all_B) {
+    int64_t total = 0, deep = 2 * WIDE;
+    for (int64_t k = 0; k < experts; k++) total += rows[k];
+#pragma omp parallel num_threads(threads)
+    for (int64_t k = 0, place = 0; k < experts; place += rows[k++]) {
+#pragma omp for schedule(static, 1) nowait
+        for (int64_t j = 0; j < rows[k]; j += deep) {
+            int64_t high = least(rows[k] - j, deep);
+            const uint16_t *next = j + deep * threads < rows[k] ? Bt[k] + (j + deep * threads) * d_out : Bt[k];
+            if (next == Bt[k] && k + 1 < experts) next = Bt[k + 1];
+            memcpy(all_A + (place + j) * d, A[k] + j * d, sizeof(uint16_t) * high * d);
+            lay_rows(Bt[k] + j * d_out, high, d_out, next, weights[k], all_B + place + j, total);
+        }
     }
 }
 

@@ -48,6 +48,13 @@ def level() -> Level:
     return 2 if found == 2 else 1 if found == 1 else 0
 
 
+def located(addresses: NDArray[np.int64], place: int, rows: NDArray[np.int64]) -> Located:
+    """The factors at `place` of addresses [targets, N]; rows [2, N]: how many of each expert, and their places."""
+    counts = address(rows)
+    where = address(addresses) + place * addresses.strides[0]
+    return Located(where, counts, counts + rows.strides[0], addresses.shape[1], (addresses, rows))
+
+
 def address(array: NDArray[Any]) -> int:
     """Where a numpy array begins in memory."""
     found: int = array.__array_interface__["data"][0]
@@ -79,6 +86,15 @@ def add(parts: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
     where = np.array([part.data_ptr() for part in parts])
     given = (address(where), weights.data_ptr(), len(parts), out.numel(), out.data_ptr())
     _loaded().localmoe_sum(torch.get_num_threads(), *given)
+
+
+def lay(A: Located, Bt: Located, weights: Tensor, all_A: Tensor, all_B: Tensor) -> None:
+    """A_k under one another in all_A [Σ rows, d_in], w_k · Bt_kᵀ beside one another in all_B [d_out, Σ rows]; bf16.
+
+    The weights [N] fp32 are multiplied in fp32, and the product is rounded once.
+    """
+    given = (A.where, Bt.where, Bt.rows, Bt.experts, all_A.shape[1], len(all_B), weights.data_ptr())
+    _loaded().localmoe_lay(torch.get_num_threads(), *given, all_A.data_ptr(), all_B.data_ptr())
 
 
 class Buffer:
@@ -134,6 +150,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         "localmoe_bytes": number * 4,
         "localmoe_narrow": (*head, *address, *number, *address),
         "localmoe_widen": (*head, *address),
+        "localmoe_lay": (*number, *address * 3, *number * 3, *address * 3),
         "localmoe_sum": (*number, *address * 2, *number * 2, *address),
     }
     results = {"localmoe_level": ctypes.c_int, "localmoe_bytes": ctypes.c_int64}

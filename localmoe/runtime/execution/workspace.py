@@ -8,7 +8,9 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmoe.errors import BankError
@@ -51,6 +53,12 @@ class Active:
         """The weights of the first row, as numbers."""
         return self.weights[0].tolist()
 
+    @cached_property
+    def addresses(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where A and Bt of every target and expert begin in main memory, [targets, N] each."""
+        A, Bt = zip(*[expert.addresses for expert in self.experts], strict=True)
+        return np.ascontiguousarray(np.stack(A).T), np.ascontiguousarray(np.stack(Bt).T)
+
     @property
     def single(self) -> bool:
         """Whether one mix serves the whole batch."""
@@ -60,6 +68,12 @@ class Active:
     def rank(self) -> float:
         """Σ of the experts' ranks, the mean over the targets: what reading and applying them costs."""
         return sum(sum(expert.ranks) / len(expert.ranks) for expert in self.experts)
+
+
+def level_for(layout: Layout) -> kernels.Level:
+    """The kernels for a base: what the processor has, if the weights are bf16, in main memory, and fit the tiles."""
+    fits = layout.dtype == torch.bfloat16 and all(block.device.type == "cpu" for block in layout.blocks)
+    return kernels.level() if fits and all(target.d_in % 32 == 0 for target in layout.targets) else 0
 
 
 _APART = 48 * 2**20  # bytes; a core that rewrites sooner what another core has just read waits for that core's cache
@@ -83,6 +97,7 @@ class Workspace:
     def __init__(self, layout: Layout, whole: bool) -> None:
         self._layout = layout
         self._whole = whole
+        self._level = level_for(layout)
         self._memory: dict[object, Tensor] = {}
         self._views: dict[int, tuple[tuple[object, ...], Factors]] = {}
 
@@ -116,7 +131,7 @@ class Workspace:
         """Σ_k w_k Bt_k in fp32, rounded once; A is the shared one itself."""
         blocks = [expert.blocks[index] for expert in active.experts]
         flat = self._flat(index, blocks[0].numel())
-        if kernels.level() > 0 and flat.device.type == "cpu" and flat.dtype == torch.bfloat16:
+        if self._level > 0:
             kernels.add(blocks, active.weights[0], flat)
         else:
             total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)

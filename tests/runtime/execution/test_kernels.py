@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mixing import executor, mix, oracle
 
 from localmoe.lora import Adapter
-from localmoe.runtime.execution import kernels
+from localmoe.runtime.execution import dense, kernels
 from localmoe.runtime.execution.kernels import Buffer, Level, Located, address
 
 LEVELS: tuple[Level, ...] = (1, 2)
@@ -83,6 +83,26 @@ def test_widen_is_the_formula(level: Level, ranks: list[int], tokens: int, d_out
 
 
 @HERE
+@settings(max_examples=40, deadline=None)
+@example(ranks=[64, 64], d=64, d_out=128, threads=2)
+@example(ranks=[1, 33], d=32, d_out=17, threads=2)
+@given(RANKS, st.sampled_from([1, 32, 96]), st.integers(1, 200), st.integers(1, 2))
+def test_laid_factors_are_the_formula(ranks: list[int], d: int, d_out: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    A, Bt, weights = _factors(ranks, d, 4), _factors(ranks, d_out, 5), torch.randn(len(ranks))
+    all_A = torch.full((sum(ranks), d), 7.0).bfloat16()
+    all_B = torch.full((d_out, sum(ranks)), 7.0).bfloat16()
+    try:
+        torch.set_num_threads(threads)
+        kernels.lay(_located(A, [0] * len(A)), _located(Bt, [0] * len(A)), weights, all_A, all_B)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(all_A, torch.cat(A))
+    scaled = [(Bt_k.float() * weight).bfloat16() for Bt_k, weight in zip(Bt, weights, strict=True)]
+    assert torch.equal(all_B, torch.cat(scaled).T)
+
+
+@HERE
 @given(st.integers(1, 5), st.integers(1, 5000))
 def test_the_sum_is_the_formula_rounded_once(parts: int, count: int) -> None:
     factors = _factors([1] * parts, count, 3)
@@ -119,6 +139,21 @@ def test_a_base_gives_the_logits_of_gathered_factors(
     exact = torch.cat([oracle(model, adapters, one, row[None]) for one, row in zip(mixes, ids, strict=True)])
     error, gathered = ((one.double() - exact).abs().mean() for one in found)
     assert error < 1.2 * gathered  # both round to bf16; the kernels less often
+
+
+@HERE
+def test_a_dense_merge_is_the_same_as_from_gathered_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapters = _wide()
+    adapters["b"] = tiny.random_adapter(model, 2, 7)
+    ids, found, calls = tiny.passages(9)[0].tokens[None], [], []
+    monkeypatch.setattr(dense, "lay", _counted(dense.lay, calls))
+    for at in (kernels.level(), 0):
+        monkeypatch.setattr(kernels, "level", lambda at=at: at)
+        run = executor(model, adapters)
+        with torch.inference_mode(), run.attached(run.load([mix(a=0.7, b=-0.4, c=1.1)]), "dense"):
+            found.append(model(ids).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.05)  # B is laid out otherwise, so sums differ
+    assert len(calls) == len(adapters["a"])
 
 
 def _counted(function: Any, calls: list[Level]) -> Any:
