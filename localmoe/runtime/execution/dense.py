@@ -28,6 +28,7 @@ class DenseBuffer:
         self._workspace = Workspace(layout, whole=False)
         self._level = level_for(layout)
         self._both = torch.empty(0)
+        self._views: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._buffers: dict[str, nn.Parameter] = {}
         self.held: object = None
 
@@ -71,24 +72,34 @@ class DenseBuffer:
         """The same by `kernels.lay`, target by target, into memory that the nearest caches hold."""
         A, Bt = active.addresses
         weights = active.weights[0]
-        for target in self._layout.targets:
-            rows = np.array([[expert.ranks[target.place] for expert in active.experts]] * 2)
-            total = int(rows[0].sum())
+        counts = np.array([expert.ranks for expert in active.experts]).T  # [targets, N]
+        kinds = {row: np.array([row, row]) for row in set(map(tuple, counts.tolist()))}
+        totals = counts.sum(axis=1).tolist()
+        for target, total, row in zip(self._layout.targets, totals, map(tuple, counts.tolist()), strict=True):
             if total == 0:
                 self._keep(target)
                 continue
-            all_A, all_B = self._laid(total, target)
+            rows = kinds[row]
+            all_A, all_B, out = self._laid(total, target)
             lay(located(A, target.place, rows), located(Bt, target.place, rows), weights, all_A, all_B)
-            self._merge(target, all_A.t(), all_B.t())
+            if out is not None:
+                torch.addmm(target.module._parameters["weight"], all_B, all_A, out=out)  # type: ignore[arg-type]
+            else:
+                self._merge(target, all_A.t(), all_B.t())
 
-    def _laid(self, rank: int, target: Target) -> tuple[Tensor, Tensor]:
-        """Memory for A [rank, d_in] and B [d_out, rank] of a target, used again for the next."""
+    def _laid(self, rank: int, target: Target) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Memory for A [rank, d_in] and B [d_out, rank] of a target, used again for the next, and a linear's buffer."""
         sizes = rank * target.d_in, rank * target.d_out
         if self._both.numel() < sum(sizes):
+            self._views = {}
             with torch.inference_mode(False):
                 self._both = torch.empty(sum(sizes), dtype=self._layout.dtype)
-        all_A, all_B = self._both[: sum(sizes)].split_with_sizes(sizes)
-        return all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
+        if target.place not in self._views or len(self._views[target.place][0]) != rank:
+            all_A, all_B = self._both[: sum(sizes)].split_with_sizes(sizes)
+            out = self._target(target)
+            views = all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
+            self._views[target.place] = (*views, out if isinstance(target.module, nn.Linear) else None)
+        return self._views[target.place]
 
     @torch.no_grad()
     def write_deltas(self, deltas: Mapping[str, Tensor], key: object = None) -> None:

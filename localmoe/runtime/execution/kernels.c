@@ -415,17 +415,18 @@ void localmoe_lay(int64_t threads, const uint16_t *const *A, const uint16_t *con
                   int64_t experts, int64_t d, int64_t d_out, const float *weights, uint16_t *all_A, uint16_t *all_B) {
     int64_t total = 0, deep = 2 * WIDE;
     for (int64_t k = 0; k < experts; k++) total += rows[k];
-#pragma omp parallel num_threads(threads)
-    for (int64_t k = 0, place = 0; k < experts; place += rows[k++]) {
-#pragma omp for schedule(static, 1) nowait
-        for (int64_t j = 0; j < rows[k]; j += deep) {
-            int64_t high = least(rows[k] - j, deep);
-            const uint16_t *next = j + deep * threads < rows[k] ? Bt[k] + (j + deep * threads) * d_out : Bt[k];
-            if (next == Bt[k] && k + 1 < experts) next = Bt[k + 1];
-            memcpy(all_A + (place + j) * d, A[k] + j * d, sizeof(uint16_t) * high * d);
-            lay_rows(Bt[k] + j * d_out, high, d_out, next, weights[k], all_B + place + j, total);
-        }
-    }
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t part = 0; part < threads; part++)
+        for (int64_t k = 0, place = 0, block = 0; k < experts; place += rows[k++])
+            for (int64_t j = 0; j < rows[k]; j += deep, block++) {
+                if (block % threads != part) continue;
+                int64_t high = least(rows[k] - j, deep), soon = j + deep * threads;
+                const uint16_t *next = soon < rows[k]    ? Bt[k] + soon * d_out
+                                       : k + 1 < experts ? Bt[k + 1] + j % (deep * threads) * d_out
+                                                         : Bt[k];
+                memcpy(all_A + (place + j) * d, A[k] + j * d, sizeof(uint16_t) * high * d);
+                lay_rows(Bt[k] + j * d_out, high, d_out, next, weights[k], all_B + place + j, total);
+            }
 }
 
 /* out = Σ_k weights_k · from_k, over `count` numbers. */
