@@ -101,13 +101,15 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class SearchConfig:
-    """Learning rates that are tried before a bank is built; the best one builds it."""
+    """What is tried on tune documents: learning rates before a bank is built, numbers of active experts after it."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Multiples of `train.learning_rate` for the trunk, then of `train.expert_rate` for a few experts; a best one at
     the edge widens the search; none = the rates as they are."""
     tokens: Positive = 200_000
     """Tokens that each trial of the trunk trains on, at most."""
+    active: tuple[Annotated[float, Field(ge=1)], ...] = ()
+    """Mean numbers of active experts; the smallest that is as good as the best routes; none = `route.active`."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -132,6 +132,16 @@ def build_options(function: F) -> F:
             panel=experts,
         ),
         knob("--active", "route.active", "Wanted mean number of active experts.", type=float, panel=experts),
+        knob(
+            "--try-active",
+            "search.active",
+            "Try this mean number of active experts, e.g. 1, 3, 10; give two at least, tune documents choose.",
+            "none",
+            type=float,
+            multiple=True,
+            metavar="NUMBER",
+            panel=experts,
+        ),
         knob("--seed", "seed", "Seed of split, clustering and training.", type=int, panel=experts),
     ]
     return _apply(function, options)

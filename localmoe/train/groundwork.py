@@ -101,7 +101,7 @@ def expert_batch(config: TrainConfig, after_trunk: bool) -> int:
 
 
 def check_settings(model: Any, config: BuildConfig) -> None:
-    """Raises ConfigError for passages that do not fit the base's context, and for one rate to be tried alone.
+    """Raises ConfigError for passages that do not fit the base's context, and for a rate or a number to be tried alone.
 
     Raises UnknownNameError for an unknown router.
     """
@@ -115,6 +115,11 @@ def check_settings(model: Any, config: BuildConfig) -> None:
         raise ConfigError(
             f"search.rates holds {config.search.rates[0]:g} alone, and nothing to compare it with",
             "try another rate too, e.g. --try-rate 0.5 --try-rate 1, or choose one: --learning-rate",
+        )
+    if len(set(config.search.active)) == 1:
+        raise ConfigError(
+            f"search.active holds {config.search.active[0]:g} alone, and nothing to compare it with",
+            "try another number too, e.g. --try-active 3 --try-active 10, or choose one: --active",
         )
     if config.route.router not in routers:
         raise UnknownNameError("router", config.route.router, routers)

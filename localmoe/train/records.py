@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,12 @@ from localmoe.bank.files import write_json, write_table, write_tensors, write_te
 from localmoe.bank.manifest import ExpertRecord, FileRecord, Kind, RouterRecord
 from localmoe.encoders import Encoder
 from localmoe.routing import Centroids
+from localmoe.train.activity import PREFIX_TOKENS, search_active
 from localmoe.train.checks import choose_beta
 from localmoe.train.experts import AdapterResult
 from localmoe.train.groundwork import Groundwork
 from localmoe.train.labels import label_clusters
 from localmoe.train.progress import Event, Watch
-
-PREFIX_TOKENS = 50
-"""β is chosen for the first tokens of the tune documents, as the evaluation will show them (specification)."""
 
 _LABEL_TEXTS = 64
 _LABEL_CHARACTERS = 4_000
@@ -50,16 +49,19 @@ def expert_records(ground: Groundwork, results: Sequence[AdapterResult]) -> tupl
 def choose_router(
     ground: Groundwork, tokenizer: Any, encoder: Encoder, experts: Sequence[ExpertRecord], watch: Watch
 ) -> RouterRecord:
-    """β from the first tokens of public tune documents and public experts."""
+    """The number of active experts, and β, from the first tokens of public tune documents and public experts."""
     usable = [expert for expert in experts if not expert.access and expert.outcome.status in ("good", "unchecked")]
     rows = [expert.row for expert in usable]
     vectors, means = (torch.from_numpy(part[rows]) for part in (ground.clusters.centroids, ground.clusters.means))
     centroids = Centroids(tuple(expert.id for expert in usable), vectors, "", means)
-    prefixes = []
-    for _, document in ground.work.chosen(ground.rows.where("tune", ())):
+    prefixes, rows_tried = [], []
+    for row, document in ground.work.chosen(ground.rows.where("tune", ())):
+        rows_tried.append(row)
         ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
         prefixes.append(tokenizer.decode(ids, skip_special_tokens=True))
-    record, note = choose_beta(encoder.encode(prefixes), centroids, ground.config.route)
+    queries = encoder.encode(prefixes)
+    active = search_active(ground, rows_tried, queries, centroids, usable, watch)
+    record, note = choose_beta(queries, centroids, replace(ground.config.route, active=active))
     found = f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt" if record.active else ""
     watch(Event("route", 1, 1, "; ".join(part for part in (note, found) if part)))
     return record
