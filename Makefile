@@ -29,7 +29,7 @@ results: install install-models ## all evaluations under results/ (hours): make 
 
 install: .venv/installed ## LocalMoE in .venv
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt localmoe/runtime/execution/kernels.c
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable '.[demo]'

@@ -15,6 +15,7 @@ typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
 
 #define WRITTEN __asm__ volatile("" ::: "memory") /* GCC does not know that loading a tile reads memory */
+#define SOON(place) __builtin_prefetch(place, 0, 2) /* into the second cache: the first is full of what is in use */
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
 #include <cpuid.h>
@@ -68,7 +69,7 @@ BY_AVX512 static void narrow_pairs(const uint16_t *x, int64_t tokens, int64_t d,
             for (int64_t i = 0; i < d; i += 2 * WIDE) {
                 __m512bh left[4], right[4];
                 if (t == 0)
-                    for (int u = 0; u < 4; u++) __builtin_prefetch(soon + u * d + i);
+                    for (int u = 0; u < 4; u++) SOON(soon + u * d + i);
                 for (int u = 0; u < 4; u++) left[u] = (__m512bh)_mm512_loadu_si512(a[u] + i);
                 for (int v = 0; v < 4; v++) right[v] = (__m512bh)_mm512_loadu_si512(b[v] + i);
                 for (int u = 0; u < 4; u++)
@@ -103,7 +104,7 @@ BY_AMX static void narrow_tiles(const uint16_t *x, int64_t tokens, int64_t d, co
             _tile_zero(1);
             for (int64_t i = 0; i < d; i += 2 * WIDE) {
                 if (t == 0)
-                    for (int u = 0; u < WIDE; u++) __builtin_prefetch(soon + u * d + i);
+                    for (int u = 0; u < WIDE; u++) SOON(soon + u * d + i);
                 _tile_loadd(2, a + i, sizeof(uint16_t) * d);
                 _tile_loadd(3, b + i * WIDE, 4 * WIDE);
                 _tile_dpbf16ps(0, 2, 3);
@@ -152,8 +153,8 @@ INLINE void tile_rows(const uint16_t *Bt, int64_t step, int64_t high, int64_t co
     static const uint16_t nothing[WIDE] = {0};
     for (int64_t p = 0; p < pairs; p++)
         for (int64_t o = 0; o < columns; o += WIDE) {
-            __builtin_prefetch(next + 2 * p * step + o);
-            __builtin_prefetch(next + (2 * p + 1) * step + o);
+            SOON(next + 2 * p * step + o);
+            SOON(next + (2 * p + 1) * step + o);
             const uint16_t *even = 2 * p < high ? Bt + 2 * p * step + o : nothing;
             const uint16_t *odd = 2 * p + 1 < high ? Bt + (2 * p + 1) * step + o : nothing;
             uint16_t rest[2][WIDE] = {{0}};
@@ -227,7 +228,7 @@ BY_AVX512 static void lay_rows(const uint16_t *Bt, int64_t high, int64_t d_out, 
         for (int64_t j = 0; j < 2 * WIDE; j += 2) {
             __m512i both[2];
             for (int64_t u = 0; u < 2; u++) {
-                __builtin_prefetch(next + (j + u) * d_out + o);
+                SOON(next + (j + u) * d_out + o);
                 const uint16_t *row = Bt + (j + u < high ? j + u : 0) * d_out + o;
                 __m512i read = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, row));
                 __m512 made = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(read, 16)), times);
@@ -320,7 +321,7 @@ BY_AVX512 static void sum_part(const uint16_t *const *from, const float *weights
     for (int64_t k = 0; k < count; k++) {
         const uint16_t *read = from[k] + start, *next = from[least(k + 1, count - 1)] + start;
         for (int64_t i = 0; i < length; i += 2 * WIDE) { /* a line of memory */
-            __builtin_prefetch(next + i);
+            SOON(next + i);
             for (int64_t j = i; j < least(i + 2 * WIDE, length); j++) sums[j] += weights[k] * one(read[j]);
         }
     }
