@@ -107,22 +107,33 @@ def fine_tuned_adapter(bench: Bench) -> tuple[Adapter, FineTuned]:
 def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
     budget, passages = bench.bank_tokens, bench.train_passages()
     tried = _tune(bench, passages, min(budget, bench.config.fine_tune.tune_tokens))
-    best = min(tried, key=lambda trial: trial.perplexity)
-    if not math.isfinite(best.perplexity):
-        raise NotPossibleError(
-            "fine-tuning diverged at every rate", "try lower ones: --set 'fine_tune.rates=[0.1,0.3]'"
-        )
     started = time.perf_counter()
-    trained = _train(bench, passages, best.setting, budget, "fine-tuned")
+    trained, setting, attempts = _trained(bench, passages, tried, budget)
     record = write_adapter(
         folder,
         FINE_TUNED,
         trained.adapter,
         bench.engine.bank.manifest.base.id,
         needs_transpose(bench.engine.model),
-        Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, best.setting.rate, 1),
+        Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, setting.rate, attempts),
     )
-    return FineTuned(record, best.setting, trained.tokens, time.perf_counter() - started, tuple(tried))
+    return FineTuned(record, setting, trained.tokens, time.perf_counter() - started, tuple(tried))
+
+
+def _trained(
+    bench: Bench, passages: Sequence[Passage], tried: Sequence[Tried], budget: int
+) -> tuple[Trained, Setting, int]:
+    """The training of the whole budget at the best setting; at the next best one where it diverges at full length.
+
+    Returns the setting and how many were begun too.
+    """
+    finite = [trial for trial in tried if math.isfinite(trial.perplexity)]
+    for attempt, trial in enumerate(sorted(finite, key=lambda trial: trial.perplexity), 1):
+        try:
+            return _train(bench, passages, trial.setting, budget, "fine-tuned"), trial.setting, attempt
+        except DivergedError:
+            continue
+    raise NotPossibleError("fine-tuning diverged at every rate", "try lower ones: --set 'fine_tune.rates=[0.1,0.3]'")
 
 
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -27,6 +28,7 @@ from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.ttt import train_and_score
 from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
+from localmoe.train.training import DivergedError
 from localmoe.train.work import Work
 
 CONFIG = EvalConfig(
@@ -327,6 +329,25 @@ def test_settings_that_diverge_are_infinitely_bad_and_all_of_them_leave_the_base
         monkeypatch.setattr(baselines, "score_alone", lambda *_, total=total: [total] * len(apart.tune))
         with pytest.raises(NotPossibleError, match="diverged at every rate"):
             baselines.fine_tuned(replace(apart, training=Work(tmp_path, str(total))))
+
+
+def test_a_setting_that_diverges_at_full_length_makes_way_for_the_next_best(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, full = baselines._train, []
+
+    def train(given: Bench, passages: Any, setting: Any, tokens: int, title: str) -> Any:
+        if title == "fine-tuned":
+            full.append(setting)
+            if len(full) == 1:
+                raise DivergedError("the loss became nan")
+        return real(given, passages, setting, tokens, title)
+
+    monkeypatch.setattr(baselines, "_train", train)
+    _, found = baselines.fine_tuned_adapter(replace(bench, training=Work(tmp_path, "key")))
+    order = sorted(found.tried, key=lambda trial: trial.perplexity)
+    assert full == [trial.setting for trial in order[:2]]
+    assert found.setting == full[1] and found.adapter.training is not None and found.adapter.training.attempts == 2
 
 
 def test_without_a_trunk_the_baseline_starts_from_the_rate_that_was_found_for_the_experts(
