@@ -249,6 +249,17 @@ def test_info_tells_every_expert_and_as_json_its_gain(tiny_bank: Path) -> None:
     assert data["bytes_on_disk"] >= data["bytes"] > 0
 
 
+def test_info_tells_at_which_rates_trunk_and_experts_were_trained(tiny_bank: Path) -> None:
+    training = json.loads(run("info", tiny_bank, "--json").stdout)["training"]
+    bank = localmoe.Bank.open(tiny_bank)
+    trunk = bank.manifest.trunk
+    assert trunk is not None and trunk.training is not None
+    assert training["trunk"] == {"tokens": trunk.training.tokens, "rate": trunk.training.learning_rate}
+    assert sum(training["experts"]["rates"].values()) == len(bank.manifest.adapters) - 1
+    told = run("info", tiny_bank).stdout
+    assert f"trunk {trunk.training.tokens:,} tokens at {trunk.training.learning_rate:g}" in told
+
+
 def test_info_verify_finds_a_changed_byte(tiny_bank: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     shutil.copytree(tiny_bank, bank)

@@ -62,6 +62,7 @@ def bank_data(bank: Bank) -> dict[str, Any]:
         "encoder": {"id": manifest.encoder.id, "dim": manifest.encoder.dim, "max_tokens": manifest.encoder.max_tokens},
         "router": _router_data(manifest),
         "trunk": None if manifest.trunk_outcome is None else _outcome_data(manifest.trunk_outcome),
+        "training": _training_data(manifest),
         "experts": [
             {
                 "id": expert.id,
@@ -131,6 +132,7 @@ def _head(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("experts", f"{len(data['experts'])}: " + ", ".join(f"{count} {state}" for state, count in states.items())),
         ("recipe", data["recipe"]),
         ("trunk", "none" if data["trunk"] is None else _outcome_text(data["trunk"], "the base")),
+        ("training", _training_text(data["training"])),
         (
             "router",
             f"{router['name']}, β = {router['beta']:.3g}, τ = {router['tau']:g}; "
@@ -178,6 +180,31 @@ def _outcome_text(outcome: dict[str, Any], reference: str) -> str:
     better = "better" if gained > 0 else "worse"
     documents = f"{outcome['checked_on']} documents"
     return f"{outcome['status']}: {abs(gained):.3f} nats a token {better} than {reference} on {documents}"
+
+
+def _training_data(manifest: Manifest) -> dict[str, Any]:
+    """Label tokens and peak rates: of the trunk (None without one), and of the experts, rate → how many have it."""
+    trunk = None if manifest.trunk is None else manifest.trunk.training
+    experts = [one.adapter.training for one in manifest.experts if one.adapter is not None]
+    known = [training for training in experts if training is not None]
+    rates = Counter(training.learning_rate for training in known)
+    return {
+        "trunk": None if trunk is None else {"tokens": trunk.tokens, "rate": trunk.learning_rate},
+        "experts": {
+            "tokens": sum(training.tokens for training in known),
+            "rates": {f"{rate:.3g}": count for rate, count in rates.most_common()},
+        },
+    }
+
+
+def _training_text(data: dict[str, Any]) -> str:
+    trunk, experts = data["trunk"], data["experts"]
+    parts = [] if trunk is None else [f"trunk {trunk['tokens']:,} tokens at {trunk['rate']:.3g}"]
+    if experts["rates"]:
+        rates = experts["rates"]
+        told = next(iter(rates)) if len(rates) == 1 else ", ".join(f"{rate} ({count})" for rate, count in rates.items())
+        parts.append(f"experts {experts['tokens']:,} tokens at {told}")
+    return "; ".join(parts) if parts else "not recorded"
 
 
 def _router_data(manifest: Manifest) -> dict[str, Any]:
