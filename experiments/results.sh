@@ -41,10 +41,10 @@ for part in $parts; do
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
             --sample-tokens 400000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
     python)
-        measure python "$work/python.jsonl" 100 384 --base $base --sample-tokens 200000 --clusters 8 --min-tokens 7000 \
-            --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.35 --learning-rate 4e-3 --set train.trunk_epochs=0.75 \
-            --epochs 0.25 --set threads=1 -- --documents 200 --set 'fine_tune.rates=[1.0]' --set 'fine_tune.batches=[]' \
-            --methods trunk,merged,fine-tuned,null,merged-1,base,ensemble ;;
+        measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 150000 --clusters 8 --min-tokens 4000 \
+            --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.3 --set threads=1 -- --documents 300 \
+            --set fine_tune.tune_tokens=60000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=25 \
+            --set ttt.rate=1e-3 ;;
     wikipedia)
         measure wikipedia "$articles" 50 384 --base $base --sample-tokens 250000 --clusters 8 --try-rate 0.5 --try-rate 1 --try-rate 2 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 -- --documents 300 --methods $methods ;;
