@@ -187,12 +187,12 @@ def _training_data(manifest: Manifest) -> dict[str, Any]:
     trunk = None if manifest.trunk is None else manifest.trunk.training
     experts = [one.adapter.training for one in manifest.experts if one.adapter is not None]
     known = [training for training in experts if training is not None]
-    rates = Counter(training.learning_rate for training in known)
+    rates = Counter(f"{training.learning_rate:.3g}" for training in known)
     return {
         "trunk": None if trunk is None else {"tokens": trunk.tokens, "rate": trunk.learning_rate},
         "experts": {
             "tokens": sum(training.tokens for training in known),
-            "rates": {f"{rate:.3g}": count for rate, count in rates.most_common()},
+            "rates": dict(rates.most_common()),
         },
     }
 

@@ -14,7 +14,7 @@ from localmoe.bank.manifest import ExpertRecord
 from localmoe.bank.peft import read_adapter
 from localmoe.lora import Adapter, stack
 from localmoe.packing import Passage
-from localmoe.routing import Centroids, Mix, route
+from localmoe.routing import WITHOUT_BETA, Centroids, Mix, route
 from localmoe.train.checks import ENOUGH, Nll, choose_beta, document_nll
 from localmoe.train.experts import workplace
 from localmoe.train.groundwork import Groundwork
@@ -35,15 +35,18 @@ def search_active(
 ) -> float:
     """The wanted mean number of active experts: `route.active`, or the best of `search.active` if there are any.
 
-    rows, queries [n, d]: public tune documents, and their embedded prefixes. What follows the prefix in the first
-    passage of a document is judged under the mix of its prefix; the smallest number is taken that is not worse than
-    the best by more than one standard error of their paired difference.
+    rows, ascending, and queries [n, d]: public tune documents, and their embedded prefixes. What follows the prefix in
+    the first passage of a document is judged under the mix of its prefix; the smallest number is taken that is not
+    worse than the best by more than one standard error of their paired difference.
     """
     config, asked = ground.config.route, ground.config.search.active
     if not asked:
         return config.active
-    chosen = sorted(range(len(rows)), key=lambda place: ground.rows.ids[rows[place]])[:JUDGES]
-    passages = ground.work.passages([rows[place] for place in chosen])
+    if config.router == "nearest" or (config.beta is not None and config.router not in WITHOUT_BETA):
+        watch(Event("route", 1, 1, "no number of active experts was tried: β and the router say how many are"))
+        return config.active
+    chosen = sorted(sorted(range(len(rows)), key=lambda place: ground.rows.ids[rows[place]])[:JUDGES])
+    passages = ground.work.passages([rows[place] for place in chosen])  # in the order of their rows, whatever is asked
     judges = {place: _suffix(parts[0]) for place, parts in zip(chosen, passages, strict=True) if parts}
     judges = {place: passage for place, passage in judges.items() if passage.predicted > 0}
     if len(judges) < ENOUGH or not centroids.experts:
@@ -57,6 +60,9 @@ def search_active(
         mixes = route(torch.from_numpy(queries[places]), centroids, replace(wanted, beta=record.beta))
         found[active] = _losses(ground, [judges[place] for place in places], mixes, experts)
         watch(Event("route", number, len(set(asked)), ""))
+    if not any(math.isfinite(_mean(losses)) for losses in found.values()):
+        watch(Event("route", 1, 1, f"{config.active:g} active experts: no number tried has a finite loss"))
+        return config.active
     best = fewest_of_the_best(found)
     told = ", ".join(f"{active:g} ({_mean(losses):.4f})" for active, losses in found.items())
     watch(Event("route", 1, 1, f"{best:g} active experts, by nats a token on {len(places)} tune documents: {told}"))
@@ -67,8 +73,9 @@ def fewest_of_the_best(found: Mapping[float, Sequence[Nll]]) -> float:
     """The smallest number whose loss is not above the least by more than one standard error of the paired difference.
 
     With d_i the difference of document i in nats, t_i its tokens and m = Σ d_i / Σ t_i, the standard error of m is
-    √(Σ (d_i − m t_i)²) / Σ t_i.
+    √(Σ (d_i − m t_i)²) / Σ t_i. Losses that are not finite are passed over; raises ValueError if none is finite.
     """
+    found = {active: losses for active, losses in found.items() if math.isfinite(_mean(losses))}
     best = min(found, key=lambda active: _mean(found[active]))
     tokens = np.array([nll.tokens for nll in found[best]], dtype=np.float64)
     least = np.array([nll.total for nll in found[best]])

@@ -1,7 +1,9 @@
 """How many experts are active: the rule of one standard error, and a bank whose number tune documents chose."""
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -9,6 +11,8 @@ import tiny
 import localmoe
 from localmoe.config import SearchConfig
 from localmoe.errors import ConfigError
+from localmoe.models import load_tokenizer
+from localmoe.train import activity
 from localmoe.train.activity import fewest_of_the_best
 from localmoe.train.checks import Nll
 from localmoe.train.progress import Event
@@ -41,6 +45,35 @@ def test_a_bank_routes_by_the_number_that_tune_documents_like(
     told = next(event.note for event in events if event.stage == "route" and "by nats a token" in event.note)
     assert told.startswith(f"{bank.manifest.router.wanted:g} active experts")
     assert "1 (" in told and "2 (" in told
+
+
+def test_a_document_is_scored_under_the_mix_of_its_own_prefix(
+    tmp_path: Path, tiny_corpus: Path, tiny_base: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixes of one expert each: the expert's texts are those of the passage's topic, whose words no other has."""
+    seen: list[tuple[str, str]] = []
+    config = tiny.tiny_config(tiny_base, tiny_encoder)
+    config = dataclasses.replace(config, search=SearchConfig(active=(1.0, 2.0)))
+    tokenizer = load_tokenizer(str(tiny_base))
+    real = activity._losses
+
+    def noted(ground: Any, passages: Any, mixes: Any, experts: Any) -> Any:
+        labels = {expert.id: expert.label for expert in experts}
+        for passage, mix in zip(passages, mixes, strict=True):
+            heaviest = max(zip(mix.weights, mix.experts, strict=True))[1]
+            seen.append((tokenizer.decode(passage.tokens), labels[heaviest]))
+        return real(ground, passages, mixes, experts)
+
+    monkeypatch.setattr(activity, "_losses", noted)
+    monkeypatch.setattr(activity, "PREFIX_TOKENS", 4)
+    localmoe.build(tiny_corpus, tmp_path / "bank", config)
+    assert len(seen) > 4
+    assert sum(any(word in text for word in label.split()) for text, label in seen) > 0.8 * len(seen)
+
+
+def test_losses_that_are_not_finite_are_passed_over() -> None:
+    assert fewest_of_the_best({1.0: _losses(math.nan, 1, 1, 1), 3.0: _losses(2, 1, 1, 1)}) == 3.0
+    assert fewest_of_the_best({1.0: _losses(2, 1, 1, 1), 3.0: _losses(math.inf, 1, 1, 1)}) == 1.0
 
 
 def test_one_number_alone_is_refused(tmp_path: Path, tiny_corpus: Path, tiny_base: Path, tiny_encoder: Path) -> None:

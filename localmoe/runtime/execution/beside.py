@@ -96,7 +96,6 @@ class Beside:
 
     def _begin(self, active: Active, stay: bool, key: object) -> None:
         self.near = kernels.TOKENS[self.level] if active.shared is None else 0
-        stay = stay and self.near == 0  # the tokens that follow do not need them
         again = stay and key is not None and key == self.held
         self.active, self.workspace, self.current = active, self.staying if stay else self.passing, None
         for block in self._blocks:
@@ -246,14 +245,16 @@ class _GroupLanes:
 
     def read(self, x: Tensor) -> None:
         """(x Aᵀ)·w for every target of the group, [tokens, R_t] each, or for all of them `together`."""
-        owner, self.rows, self.x = self.block.owner, x.reshape(-1, self.d_in), x
+        owner, self.rows = self.block.owner, x.reshape(-1, self.d_in)
         near = len(self.rows) <= owner.near and x.dtype == torch.bfloat16
+        near = near and not (x.requires_grad and torch.is_grad_enabled())
         if near and self.A is not None and owner.active is not None:
             if owner.active.by_row:
                 self._check_rows(x, len(owner.active.weights))
             self.together = owner.narrow(x, self.rows, self.A, self.width)
         else:
             self.together, self.narrow = None, self._gathered(x)
+        self.x = x
 
     def _gathered(self, x: Tensor) -> Sequence[Tensor]:
         if not self.block.ready:

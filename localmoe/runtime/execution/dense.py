@@ -93,7 +93,7 @@ class DenseBuffer:
         if self._both.numel() < sum(sizes):
             self._views = {}
             with torch.inference_mode(False):
-                self._both = torch.empty(sum(sizes), dtype=self._layout.dtype)
+                self._both = torch.empty(sum(sizes), dtype=self._layout.dtype, device="cpu")
         if target.place not in self._views or len(self._views[target.place][0]) != rank:
             all_A, all_B = self._both[: sum(sizes)].split_with_sizes(sizes)
             out = self._target(target)

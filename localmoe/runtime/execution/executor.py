@@ -110,7 +110,8 @@ class Executor:
         if not experts:
             return Loaded(mixes, None, None, key)
         weights = [[row.get(expert, 0.0) * expert.scale for expert in experts] for row in rows]
-        return Loaded(mixes, Active(tuple(experts), torch.tensor(weights), by_row=len(mixes) > 1), None, key)
+        wide = torch.tensor(weights, dtype=torch.float32, device="cpu")
+        return Loaded(mixes, Active(tuple(experts), wide, by_row=len(mixes) > 1), None, key)
 
     def work(self, loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int) -> Work:
         """What there is to do, for `choose`."""

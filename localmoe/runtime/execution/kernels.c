@@ -2,7 +2,7 @@
 
    Activations and factors are bf16, what is between them fp32, sums fp32 and rounded once (to nearest, ties to even).
    Two levels: 2 = AMX tiles, 1 = AVX-512 BF16; on a processor with neither, `localmoe_level` is 0 and nothing else may
-   be called. The threads are those of the OpenMP that torch has loaded: this file is linked to none of its own, since
+   be called; where this cannot be compiled, the file is empty. The threads are those of the OpenMP that torch has loaded: this file is linked to none of its own, since
    two would wait for each other's threads. Buffers come from the caller. */
 #include <stdint.h>
 #include <string.h>
@@ -438,6 +438,5 @@ void localmoe_sum(int64_t threads, const uint16_t *const *from, const float *wei
         sum_part(from, weights, experts, start, least(count - start, SUMMED), out);
 }
 
-#else
-int localmoe_level(void) { return 0; }
+int localmoe_version(void) { return 1; } /* one more whenever a function here changes; see kernels.py */
 #endif

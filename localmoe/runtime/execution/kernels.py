@@ -23,6 +23,9 @@ Level = Literal[0, 1, 2]
 
 NAMES: dict[Level, str] = {0: "none", 1: "AVX-512 BF16", 2: "AMX"}
 
+VERSION = 1
+"""Of the functions in kernels.c: a compiled file of another version is not used, nor one that holds none."""
+
 TOKENS: dict[Level, int] = {0: 0, 1: 48, 2: 384}
 """As many tokens are multiplied where the factors lie; for more, gathering them costs less (docs/performance.md)."""
 
@@ -67,7 +70,7 @@ def narrow(at: Level, x: Tensor, A: Located, weights: Tensor, width: int, buffer
     A_k [rows_k, d] bf16; d must be a multiple of 32.
     """
     (tokens, d), threads = x.shape, torch.get_num_threads()
-    out = torch.empty(tokens, width)
+    out = torch.empty(tokens, width, dtype=torch.float32, device="cpu")
     step = 0 if len(weights) == 1 else A.experts
     given = (x.data_ptr(), tokens, d, A.where, A.rows, A.places, A.experts, weights.data_ptr(), step)
     _loaded().localmoe_narrow(at, threads, *given, out.data_ptr(), width, buffer.of(tokens, d, 0))
@@ -101,7 +104,7 @@ class Buffer:
     """Memory for what the products put aside; it grows and is used again."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._bytes: dict[tuple[int, int, int, int], int] = {}
 
     @property
@@ -116,7 +119,7 @@ class Buffer:
             self._bytes = {} if len(self._bytes) > 1000 else self._bytes
             self._bytes[key] = _loaded().localmoe_bytes(*key)
         if self._memory.nbytes < self._bytes[key]:
-            self._memory = torch.empty(self._bytes[key], dtype=torch.uint8)
+            self._memory = torch.empty(self._bytes[key], dtype=torch.uint8, device="cpu")
         return self._memory.data_ptr()
 
 
@@ -137,7 +140,7 @@ def _library() -> ctypes.CDLL | None:
                 library = ctypes.CDLL(str(file))
             except OSError:  # of another machine, or torch brings an OpenMP of another kind
                 return None
-            return _typed(library)
+            return _typed(library) if getattr(library, "localmoe_version", int)() == VERSION else None
     return None
 
 

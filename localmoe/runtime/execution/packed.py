@@ -52,7 +52,11 @@ class PackedExpert:
         """Where A and Bt of every target begin in main memory, by place."""
         A, Bt = [], []
         for index in range(len(self.parts)):
-            found = [address(part) for part in self.factors(index)]
+            factors = self.factors(index)
+            found = [address(part) for part in factors]
+            for place in reversed(range(len(found) - 1)):  # numpy does not say where an empty part would begin
+                if factors[place].nbytes == 0:
+                    found[place] = found[place + 1]
             A += found[: len(found) // 2]
             Bt += found[len(found) // 2 :]
         return np.array(A), np.array(Bt)

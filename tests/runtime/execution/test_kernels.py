@@ -1,5 +1,9 @@
 """Products with factors where they lie, against the formula in fp64, and a base that runs with them."""
 
+import copy
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from mixing import executor, mix, oracle
 
 from localmoe.lora import Adapter
+from localmoe.models import target_linears
 from localmoe.runtime.execution import dense, kernels
 from localmoe.runtime.execution.kernels import Buffer, Level, Located, address
 
@@ -175,3 +180,79 @@ def test_without_a_compiled_file_there_is_no_level(monkeypatch: pytest.MonkeyPat
     finally:
         kernels._library.cache_clear()
         kernels.level.cache_clear()
+
+
+def test_a_file_of_another_version_or_that_holds_nothing_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    source = Path(kernels.__file__).with_name("kernels.c")
+    for options in (["-U__linux__"], ["-Dlocalmoe_version=of_old"]):
+        file = tmp_path / "kernels_c.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-w", *options, str(source), "-o", str(file)], check=True)
+        monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+        monkeypatch.setattr(kernels, "EXTENSION_SUFFIXES", [".so"])
+        kernels._library.cache_clear()
+        kernels.level.cache_clear()
+        try:
+            assert kernels.level() == 0
+        finally:
+            kernels._library.cache_clear()
+            kernels.level.cache_clear()
+            file.unlink()
+
+
+@HERE
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("missing", ["q_proj", "gate_proj", "down_proj"])
+def test_targets_that_no_expert_changes_are_left_out(
+    level: Level, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _here(level)
+    model, adapters = _wide()
+    fewer = {
+        name: {module: update for module, update in adapter.items() if not module.endswith(missing)}
+        for name, adapter in adapters.items()
+    }
+    chosen, ids, errors = mix(a=0.7, b=-0.4, c=1.1), tiny.passages(9)[0].tokens[None], []
+    exact = copy.deepcopy(model).double()
+    for name, module in target_linears(exact).items():
+        for expert, weight in zip(chosen.experts, chosen.weights, strict=True):
+            if name in fewer[expert]:
+                module.weight.data += weight * fewer[expert][name].delta().double()  # type: ignore[operator]
+    for at in (level, 0):
+        monkeypatch.setattr(kernels, "level", lambda at=at: at)
+        run = executor(model, fewer)
+        with torch.inference_mode(), run.attached(run.load([chosen]), "stacked"):
+            errors.append((model(ids).logits.double() - exact(ids).logits).abs().mean())
+    assert errors[0] < 1.2 * errors[1]
+
+
+@HERE
+def test_gradients_go_the_way_of_gathered_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapters = _wide()
+    found = []
+    for at in (kernels.level(), 0):
+        monkeypatch.setattr(kernels, "level", lambda at=at: at)
+        run = executor(model, adapters)
+        inputs = model.get_input_embeddings()(tiny.passages(9)[0].tokens[None]).detach().requires_grad_()
+        with run.attached(run.load([mix(a=1.0)]), "stacked"):
+            model(inputs_embeds=inputs).logits.float().sum().backward()
+        found.append(inputs.grad)
+    assert torch.equal(found[0], found[1])
+
+
+@HERE
+def test_more_rows_than_the_kernels_take_are_gathered_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapters = _wide()
+    monkeypatch.setattr(kernels, "TOKENS", {0: 0, 1: 4, 2: 4})
+    run, calls = executor(model, adapters), []
+    filled = run.beside.staying.fill
+    monkeypatch.setattr(run.beside.staying, "fill", lambda *given, **more: calls.append(0) or filled(*given, **more))
+    ids = tiny.passages(9)[0].tokens[:1].repeat(6, 1)
+    with torch.inference_mode(), run.attached(run.load([mix(a=1.0, b=0.5)]), "stacked", stay=True):
+        for _ in range(3):
+            model(ids)
+    assert len(calls) == len(run.layout.blocks)
