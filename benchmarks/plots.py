@@ -1,10 +1,11 @@
 """Figures 4 left and middle of the paper, from the JSON of `overhead.py`: latency by stage, and time against N.
 
-    python benchmarks/plots.py overhead.json [-o figure.svg] [--rank 64] [--new-tokens 100]
+    python benchmarks/plots.py overhead.json [answers.json ...] [-o figure.svg] [--rank 64] [--new-tokens 100]
 
 Left: what a prompt waits for until its first token, stage by stage, for N = 10 (or the largest N there is). Middle:
 `--new-tokens` tokens by the base model and by both sides against N: the first token as measured, the others at the
 pace of part `answers`, of which the nearest N is taken.
+Parts may lie in several files of one machine; the first one's name is that of the figure.
 Needs matplotlib (`pip install 'localmoe[benchmarks]'`).
 """
 
@@ -81,6 +82,8 @@ def draw(report: dict[str, Any], rank: int, new_tokens: int, target: Path) -> No
     middle.set(
         title=f"{new_tokens} new tokens, r = {rank}", xlabel="active experts N", ylabel="s", xscale="log", ylim=0
     )
+    middle.set_xticks(active, [str(count) for count in active])
+    middle.set_xticks([], minor=True)
     middle.legend()
     machine = report["machine"]
     figure.suptitle(
@@ -91,13 +94,17 @@ def draw(report: dict[str, Any], rank: int, new_tokens: int, target: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, help="default: beside the report, as SVG")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=100)
     arguments = parser.parse_args()
-    target = arguments.output if arguments.output is not None else arguments.report.with_suffix(".svg")
-    draw(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.rank, arguments.new_tokens, target)
+    first, *others = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.reports]
+    if any(other["machine"] != first["machine"] for other in others):
+        raise SystemExit("the reports are of different machines or versions: measure them together")
+    report = {name: part for one in (*reversed(others), first) for name, part in one.items()}
+    target = arguments.output if arguments.output is not None else arguments.reports[0].with_suffix(".svg")
+    draw(report, arguments.rank, arguments.new_tokens, target)
     print(f"wrote {target}")
 
 
