@@ -40,7 +40,7 @@ for part in $parts; do
             --try-active 3 --try-active 10 --try-active 22 -- "${tuned[@]}" ;;
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
-            --sample-tokens 400000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
+            --sample-tokens 400000 --learning-rate 8e-3 --set train.batch=1 -- "${tuned[@]}" --set 'fine_tune.batches=[4]' ;;
     python)
         measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 150000 --clusters 8 --min-tokens 4000 \
             --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.3 --set threads=1 -- --documents 300 \
