@@ -15,7 +15,7 @@ from localmoe.bank.peft import read_adapter
 from localmoe.lora import Adapter, stack
 from localmoe.packing import Passage
 from localmoe.routing import WITHOUT_BETA, Centroids, Mix, route
-from localmoe.train.checks import ENOUGH, Nll, choose_beta, document_nll
+from localmoe.train.checks import ENOUGH, Nll, choose_beta, document_nll, mean_nll
 from localmoe.train.experts import workplace
 from localmoe.train.groundwork import Groundwork
 from localmoe.train.progress import Event, Watch
@@ -60,11 +60,11 @@ def search_active(
         mixes = route(torch.from_numpy(queries[places]), centroids, replace(wanted, beta=record.beta))
         found[active] = _losses(ground, [judges[place] for place in places], mixes, experts)
         watch(Event("route", number, len(set(asked)), ""))
-    if not any(math.isfinite(_mean(losses)) for losses in found.values()):
+    if not any(math.isfinite(mean_nll(losses)) for losses in found.values()):
         watch(Event("route", 1, 1, f"{config.active:g} active experts: no number tried has a finite loss"))
         return config.active
     best = fewest_of_the_best(found)
-    told = ", ".join(f"{active:g} ({_mean(losses):.4f})" for active, losses in found.items())
+    told = ", ".join(f"{active:g} ({mean_nll(losses):.4f})" for active, losses in found.items())
     watch(Event("route", 1, 1, f"{best:g} active experts, by nats a token on {len(places)} tune documents: {told}"))
     return best
 
@@ -75,8 +75,8 @@ def fewest_of_the_best(found: Mapping[float, Sequence[Nll]]) -> float:
     With d_i the difference of document i in nats, t_i its tokens and m = Σ d_i / Σ t_i, the standard error of m is
     √(Σ (d_i − m t_i)²) / Σ t_i. Losses that are not finite are passed over; raises ValueError if none is finite.
     """
-    found = {active: losses for active, losses in found.items() if math.isfinite(_mean(losses))}
-    best = min(found, key=lambda active: _mean(found[active]))
+    found = {active: losses for active, losses in found.items() if math.isfinite(mean_nll(losses))}
+    best = min(found, key=lambda active: mean_nll(found[active]))
     tokens = np.array([nll.tokens for nll in found[best]], dtype=np.float64)
     least = np.array([nll.total for nll in found[best]])
     for active in sorted(found):
@@ -111,7 +111,3 @@ def _losses(
 def _suffix(passage: Passage) -> Passage:
     """The passage, its loss taken after the prefix alone."""
     return Passage(passage.tokens, passage.labels & (torch.arange(len(passage)) >= PREFIX_TOKENS))
-
-
-def _mean(losses: Sequence[Nll]) -> float:
-    return sum(nll.total for nll in losses) / sum(nll.tokens for nll in losses)

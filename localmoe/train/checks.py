@@ -53,7 +53,7 @@ def outcome(own: Mapping[int, Nll], reference: Mapping[int, Nll]) -> Outcome:
     """good if the mean loss per token over the same documents is below the reference's, else harmful."""
     if len(own) < ENOUGH:
         return Outcome("unchecked", len(own), None, None, f"only {len(own)} tune documents are near to it")
-    nll, other = _mean(own.values()), _mean([reference[row] for row in own])
+    nll, other = mean_nll(own.values()), mean_nll([reference[row] for row in own])
     if not math.isfinite(nll):
         return Outcome("harmful", len(own), None, None, f"its loss on tune documents is {nll}")
     return Outcome("good" if nll < other else "harmful", len(own), nll, other, None)
@@ -102,6 +102,7 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     return record(beta, sum(len(mix.experts) for mix in mixes) / len(mixes)), note
 
 
-def _mean(parts: Iterable[Nll]) -> float:
+def mean_nll(parts: Iterable[Nll]) -> float:
+    """Nats a token over all the documents."""
     parts = list(parts)
     return sum(part.total for part in parts) / max(1, sum(part.tokens for part in parts))
