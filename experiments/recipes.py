@@ -5,36 +5,54 @@
 SETTING is e.g. `rank=16,clusters=8,rate=3e-3,trunk=1.5,expert=0.5,floor=0.5,expert_rate=1`: passes of the trunk and of
 the experts, the share of the peak rate at which the trunk stops, and the experts' rate as a multiple of the peak. Each
 is compared, on the suffixes of held-out documents, with one adapter trained on all documents for `trunk` + `expert`
-passes, falling to zero: at the best of `--rates` (as these very documents judge), or at its own `rate`.
-Made for the laboratory model (experiments/laboratory.py), which trains in minutes.
+passes, falling to zero: at the best of `--rates` and `--batches` (as these very documents judge), or at its own.
+For the laboratory model (experiments/laboratory.py), which trains in minutes, or for a GPU, where the trainings of all
+settings run side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import random
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from localmoe.config import ClusterConfig, TrainConfig
 from localmoe.encoders import load_encoder
 from localmoe.evaluate.statistics import compare, perplexity
-from localmoe.lora import Adapter, attached, stack
+from localmoe.lora import Adapter, LowRank, weight_of
 from localmoe.models import load_model, load_tokenizer, packed
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import sparse_softmax
 from localmoe.train.clustering import bisect
-from localmoe.train.training import fresh_adapter, train
+from localmoe.train.course import Job, Trained
+from localmoe.train.training import fresh_adapter, train_all
 
-TEST, LENGTH = 250, 256
+TEST = 250
 BETAS = (0.0, 0.03, 0.06, 0.1)
-Known = dict[tuple[int, int, float, float, float], Adapter]
-"""Adapters trained on all documents, by rank, batch, rate, passes and floor."""
+_DOCUMENTS = 32  # scored by one forward pass
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A training on all documents."""
+
+    rank: int
+    batch: int
+    rate: float
+    passes: float
+    floor: float
 
 
 @dataclass(frozen=True)
@@ -64,88 +82,175 @@ class Laboratory:
     queries: np.ndarray
 
 
-def prepare(corpus: Path, model: str, encoder: str, documents: int, prefix: int) -> Laboratory:
+def prepare(corpus: Path, model: str, encoder: str, documents: int, prefix: int, length: int) -> Laboratory:
     """The first documents of a corpus in a random order; queries are the prefixes alone."""
     tokenizer, sentence = load_tokenizer(model), load_encoder(encoder)
-    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").split("\n") if line]
-    chosen = random.Random(0).sample([text for text in texts if len(text) > 600], documents + TEST)
-    ids = [torch.tensor(row[:LENGTH]) for row in tokenizer(chosen, verbose=False)["input_ids"]]
-    passages = [Passage(row, torch.ones(len(row), dtype=torch.bool)) for row in ids[:documents]]
-    test = [Passage(row, torch.arange(len(row)) >= prefix) for row in ids[documents:]]
-    prefixes = [tokenizer.decode(row[:prefix], skip_special_tokens=True) for row in ids[documents:]]
-    vectors = sentence.encode([text[:1000] for text in chosen[:documents]])
+    opened = gzip.open(corpus, "rt", encoding="utf-8") if corpus.suffix == ".gz" else corpus.open(encoding="utf-8")
+    with opened as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    texts = [text for text in texts if len(text) > 600]
+    chosen = random.Random(0).sample(texts, min(len(texts), documents + TEST))[::-1]
+    ids = [torch.tensor(row[:length]) for row in tokenizer(chosen, verbose=False)["input_ids"]]
+    test = [Passage(row, torch.arange(len(row)) >= prefix) for row in ids[:TEST]]
+    prefixes = [tokenizer.decode(row[:prefix], skip_special_tokens=True) for row in ids[:TEST]]
+    passages = [Passage(row, torch.ones(len(row), dtype=torch.bool)) for row in ids[TEST:]]
+    vectors = sentence.encode([text[:1000] for text in chosen[TEST:]])
     return Laboratory(load_model(model), passages, test, vectors, sentence.encode(prefixes))
 
 
-def fit(
-    lab: Laboratory,
-    passages: list[Passage],
-    start: Adapter,
-    setting: Setting,
-    rate: float,
-    passes: float,
-    floor: float,
-    seed: int,
-    expert: bool = False,
-) -> Adapter:
-    """One training run; that of an expert has a batch and a warm-up of its own."""
-    batch, warmup = (setting.expert_batch, setting.expert_warmup) if expert else (setting.batch, 0.05)
-    config = TrainConfig(rank=setting.rank, alpha=setting.rank, batch=batch, warmup=warmup)
-    tokens = round(passes * sum(passage.predicted for passage in passages))
-    return train(lab.model, passages, start, config, rate, seed, tokens, floor=floor).adapter
+def job(passages: list[Passage], start: Adapter, one: Whole, seed: int, warmup: float = 0.05) -> Job:
+    """A training of so many passes over some passages."""
+    config = TrainConfig(rank=one.rank, alpha=one.rank, batch=one.batch, warmup=warmup)
+    tokens = round(one.passes * sum(passage.predicted for passage in passages))
+    return Job(passages, start, config, one.rate, seed, tokens, one.floor)
 
 
-def score(lab: Laboratory, adapters: list[Adapter], weights: torch.Tensor | None) -> list[float]:
-    """Suffix nll (nats) of every test document under its own mix [n, K] of the adapters; none: the first for all."""
-    totals = []
-    for place, passage in enumerate(lab.test):
-        row = [1.0] if weights is None else weights[place].tolist()
-        kept = [(adapters[k], weight) for k, weight in enumerate(row) if weight > 0]
-        mixed = {name: stack([adapter[name].scaled(weight) for adapter, weight in kept]) for name in adapters[0]}
-        with attached(lab.model, mixed), packed(lab.model):
-            totals.append(float(token_nll(lab.model, [passage])[0].double().sum()))
+class Beside(nn.Module):
+    """A linear with all experts beside it, each row of the input with its own weight for each of them."""
+
+    def __init__(self, base: nn.Module, updates: list[LowRank], weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        like = weight_of(base)
+        self.base, self.weights = base, weights
+        self.A = torch.cat([update.A.to(like) for update in updates])
+        self.B = torch.cat(
+            [(update.B.to(like.device) * update.c.to(like.device)).to(like) for update in updates], dim=1
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, n, d_in] → [1, n, d_out]; weights[0]: [n, K · r]."""
+        return self.base(x) + ((x @ self.A.t()) * self.weights[0]) @ self.B.t()
+
+
+@torch.no_grad()
+def score(lab: Laboratory, adapters: list[Adapter], weights: torch.Tensor | None = None) -> list[float]:
+    """Suffix nll (nats) of test documents under their own mixes [n, K] of the adapters; none: of the first, for all."""
+    if weights is None:
+        weights, adapters = torch.ones(len(lab.test), 1), adapters[:1]
+    rank, held = next(iter(adapters[0].values())).rank, [torch.zeros(0)]
+    length = max(len(passage) for passage in lab.test)
+    even = [evened(passage, length) for passage in lab.test[: len(weights)]]
+    bases = {name: lab.model.get_submodule(name) for name in adapters[0]}
+    totals: list[float] = []
+    with packed(lab.model):
+        try:
+            for name, base in bases.items():
+                lab.model.set_submodule(name, Beside(base, [adapter[name] for adapter in adapters], held))
+            for first in range(0, len(even), _DOCUMENTS):
+                rows = weights[first : first + _DOCUMENTS].repeat_interleave(rank, dim=1)
+                held[0] = rows.repeat_interleave(length, dim=0).to(lab.model.device, lab.model.dtype)
+                nll = token_nll(lab.model, even[first : first + _DOCUMENTS])
+                totals += [float(one.double().sum()) for one in nll]
+        finally:
+            for name, base in bases.items():
+                lab.model.set_submodule(name, base)
     return totals
 
 
-def on_all(lab: Laboratory, setting: Setting, rate: float, passes: float, floor: float, known: Known) -> Adapter:
-    """One adapter trained on all documents; `known` keeps it for other settings."""
-    key = (setting.rank, setting.batch, rate, passes, floor)
-    if key not in known:
-        fresh = fresh_adapter(lab.model, TrainConfig(rank=setting.rank, alpha=setting.rank), 0)
-        known[key] = fit(lab, lab.train, fresh, setting, rate, passes, floor, 0)
-    return known[key]
+def evened(passage: Passage, length: int) -> Passage:
+    """Filled up with tokens that nothing is asked of: passages of one length go through attention together."""
+    more = length - len(passage)
+    return Passage(F.pad(passage.tokens, (0, more)), F.pad(passage.labels, (0, more)))
 
 
-def measure(lab: Laboratory, setting: Setting, rates: list[float], known: Known) -> dict[str, Any]:
-    """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""
-    passes = setting.trunk + setting.expert
-    tuned = {rate: score(lab, [on_all(lab, setting, rate, passes, 0.0, known)], None) for rate in rates}
-    best = min(tuned, key=lambda rate: sum(tuned[rate]))
-    baseline = tuned[best]
-    trunk = on_all(lab, setting, setting.rate, setting.trunk, setting.floor, known)
+def on_all(lab: Laboratory, asked: Iterable[Whole]) -> dict[Whole, Adapter]:
+    """Adapters trained on all documents; those that diverge are left out."""
+    found: dict[Whole, Adapter] = {}
+    asked = sorted(set(asked), key=lambda one: (one.rank, one.batch))
+    for _, group in groupby(asked, key=lambda one: (one.rank, one.batch)):
+        wholes = list(group)
+        start = fresh_adapter(lab.model, TrainConfig(rank=wholes[0].rank, alpha=wholes[0].rank), 0)
+        trained = train_all(lab.model, [job(lab.train, start, one, 0) for one in wholes])
+        found |= {one: it.adapter for one, it in zip(wholes, trained, strict=True) if isinstance(it, Trained)}
+    return found
+
+
+def clusters_of(lab: Laboratory, count: int) -> tuple[np.ndarray, list[list[Passage]]]:
+    """Centroids [K, d] and the passages of every cluster."""
     tokens = np.array([len(passage) for passage in lab.train])
-    found = bisect(lab.documents, ClusterConfig(min_tokens=2000), setting.clusters, tokens, 0)
-    experts = []
-    for k in range(len(found.centroids)):
-        members = [lab.train[row] for row in np.flatnonzero(found.assignment == k)]
-        rate = setting.rate * setting.expert_rate
-        experts.append(fit(lab, members, trunk, setting, rate, setting.expert, 0.0, k + 1, expert=True))
+    found = bisect(lab.documents, ClusterConfig(min_tokens=2000), count, tokens, 0)
+    members = [np.flatnonzero(found.assignment == k) for k in range(len(found.centroids))]
+    return found.centroids, [[lab.train[row] for row in rows] for rows in members]
+
+
+def experts_of(
+    lab: Laboratory, settings: list[Setting], known: dict[Whole, Adapter]
+) -> list[tuple[np.ndarray, list[Adapter]]]:
+    """Centroids [K, d] and experts of every setting; an expert that diverges is its trunk."""
+    clusters = {count: clusters_of(lab, count) for count in {setting.clusters for setting in settings}}
+    jobs: list[list[Job]] = []
+    for setting in settings:
+        one = Whole(setting.rank, setting.expert_batch, setting.rate * setting.expert_rate, setting.expert, 0.0)
+        trunk, groups = known[trunk_of(setting)], clusters[setting.clusters][1]
+        jobs.append([job(group, trunk, one, k + 1, setting.expert_warmup) for k, group in enumerate(groups)])
+    found: list[tuple[np.ndarray, list[Adapter]]] = []
+    trained: dict[int, list[Adapter]] = {}
+    for rank in {setting.rank for setting in settings}:
+        places = [place for place, setting in enumerate(settings) if setting.rank == rank]
+        flat = iter(train_all(lab.model, [one for place in places for one in jobs[place]]))
+        for place in places:
+            results = [(one.start, next(flat)) for one in jobs[place]]
+            trained[place] = [it.adapter if isinstance(it, Trained) else trunk for trunk, it in results]
+    for place, setting in enumerate(settings):
+        found.append((clusters[setting.clusters][0], trained[place]))
+    return found
+
+
+def test_time(lab: Laboratory, start: Adapter, count: int, neighbours: int, rate: float) -> list[float]:
+    """Suffix nll of the first test documents, each after one step at a constant rate on each of its neighbours."""
+    rank = next(iter(start.values())).rank
+    nearest = np.argsort(-lab.queries[:count] @ lab.documents.T, axis=1)[:, :neighbours]
+    one = Whole(rank, 1, rate, 1.0, 1.0)
+    jobs = [job([lab.train[row] for row in rows], start, one, 0, warmup=0.0) for rows in nearest.tolist()]
+    adapters = [it.adapter if isinstance(it, Trained) else start for it in train_all(lab.model, jobs)]
+    return score(lab, adapters, torch.eye(count))
+
+
+def tuned_of(setting: Setting, rates: list[float] | None, batches: list[int] | None) -> list[Whole]:
+    """The fine-tunes that a setting is compared with."""
+    passes = setting.trunk + setting.expert
+    return [
+        Whole(setting.rank, batch, rate, passes, 0.0)
+        for rate in ([setting.rate] if rates is None else rates)
+        for batch in ([setting.batch] if batches is None else batches)
+    ]
+
+
+def trunk_of(setting: Setting) -> Whole:
+    """The trunk of a setting."""
+    return Whole(setting.rank, setting.batch, setting.rate, setting.trunk, setting.floor)
+
+
+def measure(
+    lab: Laboratory,
+    setting: Setting,
+    tuned: list[Whole],
+    nll: dict[Whole, list[float]],
+    centroids: np.ndarray,
+    experts: list[Adapter],
+) -> dict[str, Any]:
+    """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""  # fmt: skip
     counts = [passage.predicted for passage in lab.test]
-    scores = torch.from_numpy(lab.queries).double() @ torch.from_numpy(found.centroids).double().T
+    nll = {one: it for one, it in nll.items() if one in tuned or one == trunk_of(setting)}
+    trunk = nll.pop(trunk_of(setting))
+    best = min(nll, key=lambda one: sum(nll[one]))
+    scores = torch.from_numpy(lab.queries).double() @ torch.from_numpy(centroids).double().T
+    uniform = torch.full_like(scores, 1 / len(experts))
     rows = []
-    for beta in BETAS:
-        weights = sparse_softmax(scores, beta, 0.01)
-        nll = score(lab, experts, weights)
-        gain = asdict(compare(nll, baseline, counts))
+    for beta in (*BETAS, None):
+        weights = uniform if beta is None else sparse_softmax(scores, beta, 0.01)
+        mine = score(lab, experts, weights)
+        gain = asdict(compare(mine, nll[best], counts))
         active = float((weights > 0).sum(dim=1).double().mean())
-        rows.append({"beta": beta, "active": active, "perplexity": perplexity(nll, counts), "gain": gain})
+        rows.append({"beta": beta, "active": active, "perplexity": perplexity(mine, counts), "gain": gain})
     return {
         "setting": asdict(setting),
         "experts": len(experts),
-        "train_tokens": int(tokens.sum()),
-        "trunk": perplexity(score(lab, [trunk], None), counts),
-        "fine_tuned": perplexity(baseline, counts),
-        "fine_tuned_rate": best,
+        "train_tokens": sum(len(passage) for passage in lab.train),
+        "trunk": perplexity(trunk, counts),
+        "fine_tuned": perplexity(nll[best], counts),
+        "fine_tuned_as": asdict(best),
+        "fine_tuned_all": [asdict(one) | {"perplexity": perplexity(it, counts)} for one, it in nll.items()],
         "merged": rows,
     }
 
@@ -158,24 +263,52 @@ def main() -> None:
     parser.add_argument("settings", nargs="+")
     parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("--prefix", type=int, default=50)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rates", type=float, nargs="*", help="the fine-tune's; none: each setting's own")
+    parser.add_argument("--batches", type=int, nargs="*", help="the fine-tune's; none: each setting's own")
+    parser.add_argument("--test-time", nargs=3, help="test documents, neighbours and rate, from the first trunk")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    lab = prepare(options.corpus, options.model, options.encoder, options.documents, options.prefix)
+    started = time.perf_counter()
+    lab = prepare(options.corpus, options.model, options.encoder, options.documents, options.prefix, options.length)
     kinds = {field.name: type(field.default) for field in fields(Setting)}
+    pairs = [dict(pair.split("=") for pair in text.split(",") if pair) for text in options.settings]
+    settings = [Setting(**{name: kinds[name](value) for name, value in one.items()}) for one in pairs]
+    tuned = [tuned_of(setting, options.rates, options.batches) for setting in settings]
+    print(f"prepared after {time.perf_counter() - started:.0f} s", flush=True)
+    known = on_all(lab, [*map(trunk_of, settings), *(one for each in tuned for one in each)])
+    nll = {one: score(lab, [adapter]) for one, adapter in known.items()}
+    counts = [passage.predicted for passage in lab.test]
+    print(f"{len(known)} adapters on all documents after {time.perf_counter() - started:.0f} s", flush=True)
+    for one, values in nll.items():
+        print(f"  {one}: {perplexity(values, counts):.3f}", flush=True)
+    if options.test_time is not None:
+        count, neighbours, rate = (
+            kind(value) for kind, value in zip((int, int, float), options.test_time, strict=True)
+        )
+        trunk = trunk_of(settings[0])
+        mine = test_time(lab, known[trunk], count, neighbours, rate)
+        gain = compare(mine, nll[trunk][:count], counts[:count])
+        print(f"test-time training from {trunk}: {gain.gain:+.2%} [{gain.low:+.2%}, {gain.high:+.2%}] over it")
+        print(f"  after {time.perf_counter() - started:.0f} s", flush=True)
+    made = experts_of(lab, [setting for setting in settings if trunk_of(setting) in known], known)
+    print(f"experts after {time.perf_counter() - started:.0f} s", flush=True)
     results: list[dict[str, Any]] = []
-    known: Known = {}
-    for text in options.settings:
-        pairs = [pair.split("=") for pair in text.split(",") if pair]
-        setting = Setting(**{name: kinds[name](value) for name, value in pairs})
-        one = measure(lab, setting, [setting.rate] if options.rates is None else options.rates, known)
+    for text, setting, ones in zip(options.settings, settings, tuned, strict=True):
+        if trunk_of(setting) not in known:
+            print(f"{text}: the trunk diverged")
+            continue
+        one = measure(lab, setting, ones, nll, *made.pop(0))
         results.append(one)
-        tuned = f"fine-tuned {one['fine_tuned']:.3f} at {one['fine_tuned_rate']}"
-        print(f"{text}: trunk {one['trunk']:.3f}, {tuned}")
+        best = one["fine_tuned_as"]
+        print(
+            f"{text}: trunk {one['trunk']:.3f}, fine-tuned {one['fine_tuned']:.3f} at {best['rate']}, {best['batch']} "
+            f"passages a step; {time.perf_counter() - started:.0f} s"
+        )
         for row in one["merged"]:
             gain = row["gain"]
             print(
-                f"  β {row['beta']:<5} {row['active']:4.1f} active  {row['perplexity']:.3f}  "
+                f"  β {row['beta']!s:<5} {row['active']:4.1f} active  {row['perplexity']:.3f}  "
                 f"{gain['gain']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}]",
                 flush=True,
             )

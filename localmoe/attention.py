@@ -44,14 +44,24 @@ def packed_attention(
         raise ValueError("packed attention knows no soft cap and no dropout")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = list(cu_seq_lens_q)
-    parts = (torch.split(states, lengths, 2) for states in (query, key, value))
     attend = _by_products if query.device.type == "cpu" and query.dtype == torch.bfloat16 else _fused
+    if attend is _fused and len(set(lengths)) == 1:
+        return _even(query, key, value, len(lengths), scale, sliding_window), None
+    parts = (torch.split(states, lengths, 2) for states in (query, key, value))
     outputs = [attend(q, k, v, scale, sliding_window) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _even(query: Tensor, key: Tensor, value: Tensor, count: int, scale: float, window: int | None) -> Tensor:
+    """Passages of one length, all by one call; [1, Σn, heads, d] as transformers wants it."""
+    q, k, v = (
+        states[0].reshape(states.shape[1], count, -1, states.shape[3]).transpose(0, 1) for states in (query, key, value)
+    )
+    return _fused(q, k, v, scale, window).transpose(1, 2).flatten(0, 1)[None]
+
+
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """One passage by PyTorch's own kernel."""
+    """Passages of one length [count, heads, n, d] by PyTorch's own kernel."""
     length = query.shape[2]
     whole = window is None or length <= window
     mask = None if whole else _mask(0, length, 0, 1, window, query.dtype).to(query.device)

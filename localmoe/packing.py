@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CHUNK = 256  # rows of logits alive at once: [256, vocabulary] in fp32 is 50 MB for 49,152 words
+_CHUNK = {"cpu": 256, "cuda": 4096}  # rows of logits alive at once: [256, 49,152 words] in fp32 are 50 MB
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,23 @@ def pack(passages: Sequence[Passage], device: torch.device | str = "cpu") -> Pac
 def loss(model: Any, packed: Pack) -> Tensor:
     """Mean negative log-likelihood (nats) over the labelled tokens; differentiable in whatever is trained."""
     head = model.get_output_embeddings()
-    hidden = _hidden(model, packed)[packed.rows]
-    total: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, packed.targets)  # type: ignore[no-untyped-call]
-    return total / len(packed.targets)
+    hidden = _hidden(model, packed.ids, packed.positions, packed.lengths)[packed.rows]
+    total, _ = _HeadLoss.apply(hidden, head.weight, head.bias, packed.targets, None)  # type: ignore[no-untyped-call]
+    return total / len(packed.targets)  # type: ignore[no-any-return]
+
+
+def weighted_loss(model: Any, ids: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ w·nll (nats) over passages of one length, each with what it predicts: ids, targets, weights [n, length].
+
+    Also w·nll of every place [n, length], which carries no gradient. A place that predicts nothing has weight 0.
+    """
+    count, length = ids.shape
+    positions = torch.arange(length, device=ids.device).repeat(count)[None]
+    head = model.get_output_embeddings()
+    hidden = _hidden(model, ids.view(1, -1), positions, [length] * count)
+    arguments = (hidden, head.weight, head.bias, targets.view(-1), weights.view(-1))
+    total, nll = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return total, nll.view(count, length)
 
 
 @torch.no_grad()
@@ -79,21 +93,22 @@ def token_nll(model: Any, passages: Sequence[Passage]) -> list[Tensor]:
     """Negative log-likelihood (nats) of every labelled token, one fp32 tensor a passage."""
     packed = pack(passages, model.device)
     head = model.get_output_embeddings()
-    hidden = _hidden(model, packed)[packed.rows]
+    hidden = _hidden(model, packed.ids, packed.positions, packed.lengths)[packed.rows]
+    chunk = _CHUNK.get(hidden.device.type, 256)
     nll = torch.cat(
         [
             _log_probabilities(rows, head).gather(1, targets[:, None])[:, 0].neg()
-            for rows, targets in zip(torch.split(hidden, _CHUNK), torch.split(packed.targets, _CHUNK), strict=True)
+            for rows, targets in zip(torch.split(hidden, chunk), torch.split(packed.targets, chunk), strict=True)
         ]
         or [torch.zeros(0)]
     )
     return list(torch.split(nll.cpu(), [passage.predicted for passage in passages]))
 
 
-def _hidden(model: Any, packed: Pack) -> Tensor:
+def _hidden(model: Any, ids: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
     """Last hidden states [Σn, d] of a packed row."""
     states: Tensor = model.base_model(
-        input_ids=packed.ids, position_ids=packed.positions, cu_seq_lens_q=packed.lengths, use_cache=False
+        input_ids=ids, position_ids=positions, cu_seq_lens_q=lengths, use_cache=False
     ).last_hidden_state
     return states[0]
 
@@ -103,27 +118,33 @@ def _log_probabilities(hidden: Tensor, head: nn.Linear) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Σ −log softmax(h Wᵀ + b)[target], and its gradients, a chunk of rows at a time.
+    """Σ w·nll with nll = −log softmax(h Wᵀ + b)[target], w·nll itself, and gradients, a chunk of rows at a time.
 
-    dh = e W, dW = eᵀ h and db = Σ e, with e = softmax − onehot, are formed while the logits are there: they are never
-    stored. Those of W and b only where the head is trained.
+    dh = e W, dW = eᵀ h and db = Σ e, with e = w·(softmax − onehot), are formed while the logits are there: they are
+    never stored. Those of W and b only where the head is trained. No weights: w = 1.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden)
-        _, train_weight, train_bias, _ = ctx.needs_input_grad
+        _, train_weight, train_bias, *_ = ctx.needs_input_grad
         of_weight = torch.zeros_like(weight) if train_weight else None
         of_bias = torch.zeros_like(bias) if bias is not None and train_bias else None
-        total = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        nll = torch.empty(len(hidden), device=hidden.device)
+        chunk = _CHUNK.get(hidden.device.type, 256)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             logits = F.linear(hidden[part], weight, bias)
             probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             chosen = targets[part, None]
-            total -= probabilities.gather(1, chosen).sum()
+            nll[part] = -probabilities.gather(1, chosen)[:, 0]
             probabilities.exp_()
             probabilities.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=torch.float32))
+            if weights is not None:
+                probabilities *= weights[part, None]
+                nll[part] *= weights[part]
             errors = probabilities.to(weight.dtype)
             torch.mm(errors, weight, out=gradient[part])
             if of_weight is not None:
@@ -131,9 +152,10 @@ class _HeadLoss(torch.autograd.Function):
             if of_bias is not None:
                 of_bias += errors.sum(dim=0)
         ctx.save_for_backward(gradient, of_weight, of_bias)
-        return total
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if saved is None else saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
-        return (*scaled, None)
+        return (*scaled, None, None)

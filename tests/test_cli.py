@@ -211,14 +211,15 @@ def test_build_leaves_a_bank_and_the_same_command_again_does_nothing(
 def test_a_build_with_failed_experts_keeps_the_bank_and_says_3(
     tiny_corpus: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from localmoe.train.training import DivergedError, train
+    from localmoe.train.course import DivergedError
+    from localmoe.train.training import train
 
     def diverge(*arguments: Any, **options: Any) -> Any:
         if arguments[5] == 1:  # the seed of the first expert
             raise DivergedError("the loss became nan")
         return train(*arguments, **options)
 
-    monkeypatch.setattr("localmoe.train.experts.train", diverge)
+    monkeypatch.setattr("localmoe.train.training.train", diverge)
     result = run("build", tiny_corpus, tmp_path / "bank", *small)
     assert result.exit_code == 3
     assert "1 of 2 experts failed to train (e00): the loss became nan" in result.stderr

@@ -26,8 +26,9 @@ from localmoe.lora import Adapter
 from localmoe.models import context_length, needs_transpose
 from localmoe.packing import Passage
 from localmoe.runtime.engine import base_mix
+from localmoe.train.course import DivergedError, Trained
 from localmoe.train.rates import best_of
-from localmoe.train.training import DivergedError, Trained, fresh_adapter, train
+from localmoe.train.training import fresh_adapter, train
 
 FINE_TUNED = "experts/fine-tuned"
 _RECORD = "fine-tuned.json"
@@ -181,7 +182,7 @@ def _train(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: 
     """A fresh adapter on so many tokens of all documents, with the base to itself."""
     model, config, seed, done = bench.engine.model, _with(bench, setting), bench.config.seed, 0
 
-    def progress(count: int, _loss: float) -> None:
+    def progress(count: int) -> None:
         nonlocal done
         done += count
         bench.watch(title, min(done, tokens), tokens)

@@ -19,8 +19,9 @@ from localmoe.evaluate.statistics import perplexity
 from localmoe.models import packed
 from localmoe.packing import Passage
 from localmoe.quantities import bytes_text
+from localmoe.train.course import DivergedError, batches_of
 from localmoe.train.rates import best_of
-from localmoe.train.training import DivergedError, batches_of, descend
+from localmoe.train.training import descend
 
 PARAMETER_BYTES = 16
 """Of one trained weight in fp32: itself, its gradient, and AdamW's two moments."""
@@ -67,7 +68,7 @@ def train_copy(bench: Bench, passages: Sequence[Passage], rate: float, tokens: i
     """
     config, done = bench.build_config.train, 0
 
-    def progress(count: int, _loss: float) -> None:
+    def progress(count: int) -> None:
         nonlocal done
         done += count
         bench.watch(title, min(done, tokens), tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +19,16 @@ from localmoe.lora import Adapter
 from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
 from localmoe.packing import Passage
 from localmoe.train.checks import Nll, document_nll, outcome
-from localmoe.train.training import DivergedError, Progress, Trained, fresh_adapter, train
+from localmoe.train.course import DivergedError, Job, Progress, Trained
+from localmoe.train.training import fresh_adapter, train_all
 from localmoe.train.work import Work
 
 ATTEMPTS = 2
 """A training that diverges is repeated once, at half the rate."""
 GENTLER = 0.25
 """An expert that is worse than the trunk it started from is trained once more, at this share of its rate."""
+WAVE = 128
+"""Experts that a GPU trains before they are kept, at most; an interruption loses them."""
 
 
 @dataclass(frozen=True)
@@ -74,103 +77,157 @@ def result_file(name: str) -> str:
 
 def run(task: AdapterTask, progress: Progress | None = None) -> AdapterResult:
     """The result of a task: from the work folder if it was finished before, else trained, checked and left there."""
-    work = Work(Path(task.bank), task.key)
-    if work.has(result_file(task.name)):
-        return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(task.name)))
-    model, passages, start = _material(work, task)
-    try:
-        made = _made(model, work, task, passages, start, progress)
-    except DivergedError as error:
-        result = AdapterResult(None, Outcome("failed", 0, None, None, error.what))
-    else:
-        trained = made.trained
-        record = write_adapter(
-            Path(task.bank),
-            task.name,
-            trained.adapter,
-            task.base_id,
-            needs_transpose(model),
-            Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, made.rate, made.attempts),
-        )
-        result = AdapterResult(record, made.outcome)
-    work.write_json(result_file(task.name), as_dict(result))
+    (result,) = run_all([task], progress)
     return result
 
 
+def run_all(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> Iterator[AdapterResult]:
+    """The results of tasks of one build, in their order; on a GPU a wave of them is trained at once."""
+    size = wave_size(_model(tasks[0]))
+    for first in range(0, len(tasks), size):
+        wave = tasks[first : first + size]
+        work = Work(Path(wave[0].bank), wave[0].key)
+        left = [task for task in wave if not work.has(result_file(task.name))]
+        for task, made in zip(left, _made(work, left, progress), strict=True):
+            work.write_json(result_file(task.name), as_dict(_result(task, made)))
+        for task in wave:
+            yield TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(task.name)))
+
+
+def wave_size(model: Any) -> int:
+    """How many experts are trained before they are kept: on a CPU each is, since they take turns there."""
+    return WAVE if model.device.type == "cuda" else 1
+
+
+def rehearse(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> list[dict[int, Nll]]:
+    """The loss of each task's tune documents after its training, of which nothing is kept. Raises DivergedError."""
+    work, losses = Work(Path(tasks[0].bank), tasks[0].key), []
+    for task, training in zip(tasks, _train(work, tasks, progress, attempts=1), strict=True):
+        if isinstance(training, DivergedError):
+            raise training
+        losses.append(document_nll(_model(task), _tune_documents(work, task), training.trained.adapter))
+    return losses
+
+
 @dataclass(frozen=True)
-class _Made:
-    """A training that ended well, at which rate and attempt, and what the tune documents say of it."""
+class _Training:
+    """A training that ended well, at which rate, and how many were begun."""
 
     trained: Trained
     rate: float
     attempts: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A training, and what the tune documents say of it."""
+
+    training: _Training
     outcome: Outcome
 
 
-def _made(
-    model: Any,
-    work: Work,
-    task: AdapterTask,
-    passages: list[Passage],
-    start: Adapter | None,
-    progress: Progress | None,
-) -> _Made:
+def _made(work: Work, tasks: Sequence[AdapterTask], progress: Progress | None) -> list[_Made | DivergedError]:
     """Trained and checked; an expert that is worse than its trunk once more, gently, and the better one is kept."""
-    trained, rate, attempts = _train(model, task, passages, start, progress)
-    documents = _tune_documents(work, task)
-    reference = document_nll(model, documents, start)
-    made = _Made(trained, rate, attempts, outcome(document_nll(model, documents, trained.adapter), reference))
-    if made.outcome.status != "harmful" or start is None:
-        return made
-    try:
-        trained, rate, more = _train(
-            model, replace(task, learning_rate=rate * GENTLER), passages, start, progress, attempts=1
-        )
-    except DivergedError:
-        return made
-    checked = outcome(document_nll(model, documents, trained.adapter), reference)
-    gentle = _Made(trained, rate, attempts + more, checked)
-    return min(made, gentle, key=lambda one: math.inf if one.outcome.nll is None else one.outcome.nll)
+    made = _checked(work, tasks, _train(work, tasks, progress))
+    harmful = {
+        number: replace(task, learning_rate=one.training.rate * GENTLER)
+        for number, (task, one) in enumerate(zip(tasks, made, strict=True))
+        if isinstance(one, _Made) and one.outcome.status == "harmful" and task.start is not None
+    }
+    gentle = list(harmful.values())
+    again = _checked(work, gentle, _train(work, gentle, progress, attempts=1))
+    for number, one in zip(harmful, again, strict=True):
+        made[number] = _better(made[number], one)
+    return made
 
 
-def rehearse(task: AdapterTask, progress: Progress | None = None) -> dict[int, Nll]:
-    """The loss of a task's tune documents after its training, of which nothing is kept. Raises DivergedError."""
-    work = Work(Path(task.bank), task.key)
-    model, passages, start = _material(work, task)
-    trained, _, _ = _train(model, task, passages, start, progress, attempts=1)
-    return document_nll(model, _tune_documents(work, task), trained.adapter)
+def _better(first: _Made | DivergedError, second: _Made | DivergedError) -> _Made | DivergedError:
+    """The first of two trainings, or the second, which counts as another attempt of the first."""
+    if isinstance(first, DivergedError) or isinstance(second, DivergedError):
+        return first
+    second = replace(
+        second, training=replace(second.training, attempts=first.training.attempts + second.training.attempts)
+    )
+    return min(first, second, key=lambda one: math.inf if one.outcome.nll is None else one.outcome.nll)
+
+
+def _checked(
+    work: Work, tasks: Sequence[AdapterTask], trainings: Sequence[_Training | DivergedError]
+) -> list[_Made | DivergedError]:
+    """The trainings with what tune documents say of each, against where it started."""
+    made: list[_Made | DivergedError] = []
+    for task, training in zip(tasks, trainings, strict=True):
+        if isinstance(training, DivergedError):
+            made.append(training)
+            continue
+        model, documents = _model(task), _tune_documents(work, task)
+        reference = document_nll(model, documents, _start(task))
+        own = document_nll(model, documents, training.trained.adapter)
+        made.append(_Made(training, outcome(own, reference)))
+    return made
+
+
+def _result(task: AdapterTask, made: _Made | DivergedError) -> AdapterResult:
+    """The record of a task, its adapter written."""
+    if isinstance(made, DivergedError):
+        return AdapterResult(None, Outcome("failed", 0, None, None, made.what))
+    training, trained = made.training, made.training.trained
+    record = write_adapter(
+        Path(task.bank),
+        task.name,
+        trained.adapter,
+        task.base_id,
+        needs_transpose(_model(task)),
+        Training(
+            trained.tokens, trained.steps, trained.first_loss, trained.last_loss, training.rate, training.attempts
+        ),
+    )
+    return AdapterResult(record, made.outcome)
 
 
 def _train(
-    model: Any,
-    task: AdapterTask,
-    passages: list[Passage],
-    start: Adapter | None,
-    progress: Progress | None,
-    attempts: int = ATTEMPTS,
-) -> tuple[Trained, float, int]:
-    freeze = task.config.recipe == "trunk-shared" and start is not None
-    begin = start if start is not None else fresh_adapter(model, task.config, task.seed)
-    rate, tokens = task.learning_rate, round(task.epochs * sum(passage.predicted for passage in passages))
+    work: Work, tasks: Sequence[AdapterTask], progress: Progress | None, attempts: int = ATTEMPTS
+) -> list[_Training | DivergedError]:
+    """A training for every task; what diverges is begun again at half the rate, `attempts` in all."""
+    jobs = [_job(work, task) for task in tasks]
+    freeze = any(task.config.recipe == "trunk-shared" and task.start is not None for task in tasks)
+    found: list[_Training | DivergedError] = [DivergedError("no attempt was made")] * len(jobs)
+    left = list(range(len(jobs)))
     for attempt in range(1, attempts + 1):
-        try:
-            return (
-                train(model, passages, begin, task.config, rate, task.seed, tokens, freeze, progress, task.floor),
-                rate,
-                attempt,
-            )
-        except DivergedError:
-            if attempt == attempts:
-                raise
-            rate /= 2
-    raise AssertionError("unreachable")
+        if not left:
+            break
+        trained = train_all(_model(tasks[0]), [jobs[number] for number in left], freeze, progress)
+        for number, one in zip(left, trained, strict=True):
+            rate = jobs[number].learning_rate
+            found[number] = one if isinstance(one, DivergedError) else _Training(one, rate, attempt)
+        left = [number for number in left if isinstance(found[number], DivergedError)]
+        for number in left:
+            jobs[number] = replace(jobs[number], learning_rate=jobs[number].learning_rate / 2)
+    return found
 
 
-def _material(work: Work, task: AdapterTask) -> tuple[Any, list[Passage], Adapter | None]:
-    """The base, the passages to train on, and the trunk to start from; none = from the base."""
-    model, _ = workplace(task.base, task.revision)
-    start = read_adapter(Path(task.bank) / task.start.folder)[0] if task.start is not None else None
-    return model, [passage for document in work.passages(task.train_rows) for passage in document], start
+def _job(work: Work, task: AdapterTask) -> Job:
+    """The training that a task asks for."""
+    passages = [passage for document in work.passages(task.train_rows) for passage in document]
+    start = _start(task)
+    begin = start if start is not None else fresh_adapter(_model(task), task.config, task.seed)
+    tokens = round(task.epochs * sum(passage.predicted for passage in passages))
+    return Job(passages, begin, task.config, task.learning_rate, task.seed, tokens, task.floor)
+
+
+def _model(task: AdapterTask) -> Any:
+    return workplace(task.base, task.revision)[0]
+
+
+def _start(task: AdapterTask) -> Adapter | None:
+    """The trunk that a task starts from; none = from the base."""
+    return _read(Path(task.bank) / task.start.folder) if task.start is not None else None
+
+
+@lru_cache(maxsize=1)
+def _read(folder: Path) -> Adapter:
+    """An adapter, read once for all tasks that start from it."""
+    return read_adapter(folder)[0]
 
 
 def _tune_documents(work: Work, task: AdapterTask) -> dict[int, tuple[Passage, ...]]:

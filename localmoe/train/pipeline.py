@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -218,17 +217,14 @@ def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, wa
     total = sum(ground.tokens(task.train_rows, task.epochs) for task in tasks)
     if finished:
         watch(Event("experts", 0, total, f"going on: {finished} of {len(tasks)} experts are done"))
-    run = training.run
-    if map is builtins.map:
-        progress = _TokenProgress("experts", total, watch)
-        run = partial(training.run, progress=progress)
+    progress = _TokenProgress("experts", total, watch)
+    run = training.run_all(tasks, progress) if map is builtins.map else map(training.run, tasks)
     results, done = [], 0
-    for task, result in zip(tasks, map(run, tasks), strict=True):
+    for task, result in zip(tasks, run, strict=True):
         done += ground.tokens(task.train_rows, task.epochs)
         watch(Event("experts", done, total, _outcome_note(task.name, result.outcome, "where it started")))
         results.append(result)
-        if map is builtins.map:
-            progress.reset(done)
+        progress.reset(done)
     return results
 
 
@@ -238,7 +234,7 @@ class _TokenProgress:
     def __init__(self, stage: Stage, total: int, watch: Watch) -> None:
         self._stage, self._total, self._watch, self._done = stage, total, watch, 0
 
-    def __call__(self, tokens: int, loss: float) -> None:
+    def __call__(self, tokens: int) -> None:
         self._done = min(self._total, self._done + tokens)
         self._watch(Event(self._stage, self._done, self._total))
 

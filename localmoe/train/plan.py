@@ -245,7 +245,7 @@ def _speed(model: Any, passages: list[Passage], config: BuildConfig, batch: int,
     """Tokens a second at so many passages a step, after one step to warm up."""
     ends: list[tuple[float, int]] = []
 
-    def progress(tokens: int, loss: float) -> None:
+    def progress(tokens: int) -> None:
         ends.append((time.perf_counter(), tokens))
         watch(Event(stage, sum(tokens for _, tokens in ends), 0))
         if len(ends) > STEPS or (len(ends) > 1 and ends[-1][0] - ends[0][0] > SECONDS):

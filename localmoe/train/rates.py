@@ -9,11 +9,11 @@ from dataclasses import replace
 from localmoe.bank.manifest import AdapterRecord
 from localmoe.train import experts as training
 from localmoe.train.checks import ENOUGH
+from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import AdapterTask
 from localmoe.train.groundwork import TRUNK, Groundwork
 from localmoe.train.progress import Event, Watch
 from localmoe.train.rows import Rows
-from localmoe.train.training import DivergedError, Progress
 
 JUDGES = 64
 """Public tune documents that judge a rate, at most; the first passage of each."""
@@ -106,7 +106,7 @@ def _tried(
     """Mean nll (nats a token) after the trainings that belong to each factor; infinite where one diverged."""
     done, whole = 0, 0
 
-    def progress(seen: int, _loss: float) -> None:
+    def progress(seen: int) -> None:
         nonlocal done
         done += seen
         watch(Event("rates", done, max(done, whole)))
@@ -126,7 +126,7 @@ def _tried(
 
 def _mean(tasks: Sequence[AdapterTask], progress: Progress) -> float | None:
     try:
-        found = [nll for task in tasks for nll in training.rehearse(task, progress).values()]
+        found = [nll for losses in training.rehearse(tasks, progress) for nll in losses.values()]
     except DivergedError:
         return None
     mean = sum(one.total for one in found) / max(1, sum(one.tokens for one in found))

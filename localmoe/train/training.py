@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from localmoe.config import TrainConfig
-from localmoe.errors import LocalMoEError
 from localmoe.lora import Adapter, LowRank, attached, weight_of
 from localmoe.models import packed, target_linears
 from localmoe.packing import Passage, loss, pack
-
-Progress = Callable[[int, float], None]
-"""Called after every step with the number of label tokens it used and its loss."""
-
-
-class DivergedError(LocalMoEError):
-    """Loss or weights stopped being finite."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """An adapter and how it came about; `tokens` are label tokens, losses are nats a token."""
-
-    adapter: Adapter
-    tokens: int
-    steps: int
-    first_loss: float
-    last_loss: float
+from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of, schedule, trained
+from localmoe.train.together import places_for, train_together
 
 
 def fresh_adapter(model: Any, config: TrainConfig, seed: int) -> Adapter:
@@ -81,8 +62,15 @@ def train(
 
     The base is frozen and never written; with `freeze_A` B alone is trained. `tokens`: so many label tokens at least,
     passages in a new order each time around; none = once around. Equal inputs, seed and threads give equal bytes.
-    Raises DivergedError as soon as a loss or a factor is not finite.
+    On a GPU the steps are captured (`train_together`). Raises DivergedError as soon as a loss or a factor is not
+    finite.
     """
+    if model.device.type == "cuda":
+        job = Job(passages, start, config, learning_rate, seed, tokens, floor)
+        (found,) = train_together(model, [job], 1, freeze_A, progress)
+        if isinstance(found, DivergedError):
+            raise found
+        return found
     batches = batches_of(passages, config, seed, tokens)
     with attached(model, start, train_A=not freeze_A, train_B=True) as modules, packed(model):
         factors = [p for module in modules.values() for p in (module.A, module.B) if p.requires_grad]
@@ -90,14 +78,24 @@ def train(
         adapter = {name: _frozen(module.A, module.B, start[name]) for name, module in modules.items()}
     if not all(bool(u.A.isfinite().all() and u.B.isfinite().all()) for u in adapter.values()):
         raise DivergedError("the factors are not finite after training")
-    window = max(1, len(batches) // 10)
-    return Trained(
-        adapter,
-        tokens=sum(passage.predicted for batch in batches for passage in batch),
-        steps=len(batches),
-        first_loss=sum(losses[:window]) / window,
-        last_loss=sum(losses[-window:]) / window,
-    )
+    return trained(adapter, sum(passage.predicted for batch in batches for passage in batch), losses)
+
+
+def train_all(
+    model: Any, jobs: Sequence[Job], freeze_A: bool = False, progress: Progress | None = None
+) -> list[Trained | DivergedError]:
+    """What `train` makes of every job: on a GPU side by side, as many as fill it, else one after the other."""
+    places = places_for(model, jobs)
+    if places > 1:
+        return train_together(model, jobs, places, freeze_A, progress)
+    found: list[Trained | DivergedError] = []
+    for job in jobs:
+        given = (job.passages, job.start, job.config, job.learning_rate, job.seed, job.tokens)
+        try:
+            found.append(train(model, *given, freeze_A, progress, job.floor))
+        except DivergedError as error:
+            found.append(error)
+    return found
 
 
 def descend(
@@ -121,17 +119,10 @@ def descend(
         value = step_once(model, batch, parameters, optimizer, config.clip)
         losses.append(value)
         if progress is not None:
-            progress(sum(passage.predicted for passage in batch), value)
+            progress(sum(passage.predicted for passage in batch))
     with torch.no_grad():  # what the last step did, no loss has seen yet
         _finite(loss(model, pack([min(batches[-1], key=len)], model.device)))
     return losses
-
-
-def schedule(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
-    """Share of the peak rate at `step` of `steps`: rises linearly over the warm-up, then falls linearly to `floor`."""
-    rise = warmup * steps
-    left = min((steps - step) / max(steps - rise, 1.0), 1.0)
-    return min((step + 1) / max(rise, 1.0), floor + (1.0 - floor) * left)
 
 
 def step_once(
@@ -154,26 +145,6 @@ def _finite(value: Tensor) -> Tensor:
     if not bool(value.isfinite()):
         raise DivergedError(f"the loss became {value.item()}")
     return value
-
-
-def batches_of(passages: Sequence[Passage], config: TrainConfig, seed: int, tokens: int | None) -> list[list[Passage]]:
-    """Batches of so many label tokens at least (none = once around), shuffled anew each time around.
-
-    Passages without a label are left out, since they teach nothing. Raises LocalMoEError if no other is there.
-    """
-    useful = [passage for passage in passages if passage.predicted > 0]
-    if not useful:
-        raise LocalMoEError("no passage has a token to learn from")
-    left = sum(passage.predicted for passage in useful) if tokens is None else max(1, tokens)
-    shuffle = random.Random(seed)  # noqa: S311 - order, not secrets
-    batches = []
-    while left > 0:
-        order = shuffle.sample(useful, len(useful))
-        for first in range(0, len(order), config.batch):
-            if left > 0:
-                batches.append(order[first : first + config.batch])
-                left -= sum(passage.predicted for passage in batches[-1])
-    return batches
 
 
 def _frozen(A: Tensor, B: Tensor, start: LowRank) -> LowRank:

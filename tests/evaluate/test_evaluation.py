@@ -28,7 +28,7 @@ from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.ttt import train_and_score
 from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
-from localmoe.train.training import DivergedError
+from localmoe.train.course import DivergedError
 from localmoe.train.work import Work
 
 CONFIG = EvalConfig(

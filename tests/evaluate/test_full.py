@@ -18,7 +18,7 @@ from localmoe.evaluate import full
 from localmoe.evaluate.bench import Bench, NotPossibleError
 from localmoe.evaluate.full import FullTried, check_memory, fine_tuned_full, free_bytes, train_copy
 from localmoe.evaluate.protocol import Cut, trials_of
-from localmoe.train.training import DivergedError, schedule
+from localmoe.train.course import DivergedError, schedule
 from localmoe.train.work import Work
 
 CONFIG = EvalConfig(fine_tune=FineTuneConfig(full_rates=(1e-3, 3e-3), tune_tokens=100))

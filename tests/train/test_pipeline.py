@@ -19,10 +19,11 @@ from localmoe.config import BuildConfig, ClusterConfig
 from localmoe.errors import BankError, ConfigError, CorpusError, TemporaryError, UnknownNameError, UsageError
 from localmoe.lora import attached
 from localmoe.models import load_model
-from localmoe.train import experts, pipeline
+from localmoe.train import experts, training
+from localmoe.train.course import DivergedError
 from localmoe.train.plan import plan
 from localmoe.train.progress import Event
-from localmoe.train.training import DivergedError, train
+from localmoe.train.training import train
 
 Make = Callable[..., BuildConfig]
 
@@ -158,7 +159,7 @@ def test_the_same_build_again_does_nothing_and_says_so(
 ) -> None:
     first = localmoe.build(tiny_corpus, tmp_path / "bank", config())
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "bank").rglob("*") if file.is_file()}
-    monkeypatch.setattr(experts, "train", None)
+    monkeypatch.setattr(training, "train", None)
     events: list[Event] = []
     second = localmoe.build(tiny_corpus, tmp_path / "bank", config(), watch=events.append)
     assert second.manifest == first.manifest
@@ -185,14 +186,13 @@ def test_a_build_that_was_interrupted_goes_on_and_ends_with_the_same_bank(
         localmoe.build(tiny_corpus, tmp_path / "bank", config(), watch=stop)
     assert not list((tmp_path / "bank").glob("manifest-*"))
     trained: list[str] = []
-    run = experts.run
+    write = experts.write_adapter
 
-    def counted(task: Any, progress: Any = None) -> Any:
-        if not pipeline.Work(Path(task.bank), task.key).has(experts.result_file(task.name)):
-            trained.append(task.name)
-        return run(task, progress)
+    def counted(bank: Path, name: str, *arguments: Any) -> Any:
+        trained.append(name)
+        return write(bank, name, *arguments)
 
-    monkeypatch.setattr(experts, "run", counted)
+    monkeypatch.setattr(experts, "write_adapter", counted)
     events: list[Event] = []
     bank = localmoe.build(tiny_corpus, tmp_path / "bank", config(), watch=events.append)
     assert trained == [f"experts/e0{k}" for k in range(place + 1, 4)]
@@ -200,12 +200,27 @@ def test_a_build_that_was_interrupted_goes_on_and_ends_with_the_same_bank(
     assert bank.manifest.digest == Bank.open(tiny_bank).manifest.digest
 
 
+@pytest.mark.parametrize("recipe", ["trunk", "trunk-shared", "paper"])
+def test_experts_trained_side_by_side_as_on_a_gpu_are_those_of_one_after_the_other(
+    recipe: str, config: Make, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_by_one = localmoe.build(tiny_corpus, tmp_path / "one", config(train={"recipe": recipe}))
+    monkeypatch.setattr(experts, "wave_size", lambda model: 3)
+    monkeypatch.setattr(training, "places_for", lambda model, jobs: min(2, len(jobs)))
+    together = localmoe.build(tiny_corpus, tmp_path / "two", config(train={"recipe": recipe}))
+    assert len(together.manifest.experts) == 4
+    for one, two in zip(one_by_one.manifest.experts, together.manifest.experts, strict=True):
+        assert one.outcome.status == two.outcome.status
+        assert one.outcome.nll == pytest.approx(two.outcome.nll, abs=1e-3)
+        assert one.adapter is not None and two.adapter is not None
+        assert one.adapter.training is not None and two.adapter.training is not None
+        assert one.adapter.training.tokens == two.adapter.training.tokens
+
+
 @pytest.mark.parametrize("step", [2, 8, 13])
 def test_ctrl_c_in_the_middle_of_a_training_loses_that_training_alone(
     step: int, config: Make, tiny_corpus: Path, tiny_bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from localmoe.train import training
-
     steps, real = 0, training.loss
 
     def pressed(*arguments: Any) -> torch.Tensor:
@@ -270,7 +285,7 @@ def _diverging(monkeypatch: pytest.MonkeyPatch, times: int) -> list[float]:
             raise DivergedError("the loss became nan")
         return train(*arguments)
 
-    monkeypatch.setattr(experts, "train", unstable)
+    monkeypatch.setattr(training, "train", unstable)
     return rates
 
 
@@ -283,7 +298,7 @@ def test_the_trunk_falls_to_the_rate_at_which_the_experts_go_on_and_each_makes_i
         asked.append((rate, round(tokens / sum(passage.predicted for passage in passages), 2), more[-1]))
         return train(model, passages, start, given, rate, seed, tokens, *more)
 
-    monkeypatch.setattr(experts, "train", told)
+    monkeypatch.setattr(training, "train", told)
     passes = {"learning_rate": 1e-2, "expert_rate": 0.2, "trunk_epochs": 2.0, "epochs": 1.0}
     localmoe.build(tiny_corpus, tmp_path / "bank", config(train=passes))
     assert asked[0] == (1e-2, 2.0, 0.2)
@@ -311,7 +326,7 @@ def test_experts_after_a_trunk_take_more_and_smaller_steps(
         batches.append(given.batch)
         return train(model, passages, start, given, *more)
 
-    monkeypatch.setattr(experts, "train", told)
+    monkeypatch.setattr(training, "train", told)
     localmoe.build(tiny_corpus, tmp_path / "bank", config(train=asked))
     assert list(dict.fromkeys(batches)) == expected
 

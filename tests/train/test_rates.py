@@ -13,9 +13,9 @@ from localmoe.config import BuildConfig, SearchConfig
 from localmoe.errors import ConfigError
 from localmoe.train import experts as training
 from localmoe.train import rates
+from localmoe.train.course import DivergedError
 from localmoe.train.progress import Event
 from localmoe.train.rates import best_of, lowest_of_the_best
-from localmoe.train.training import DivergedError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from localmoe.errors import LocalMoEError
 from localmoe.lora import Adapter
 from localmoe.models import target_linears
 from localmoe.packing import Passage
-from localmoe.train.training import DivergedError, fresh_adapter, schedule, train
+from localmoe.train.course import DivergedError, schedule
+from localmoe.train.training import fresh_adapter, train
 
 CONFIG = TrainConfig(rank=3, batch=2, learning_rate=1e-2)
 
@@ -114,12 +115,10 @@ def test_so_many_tokens_are_trained_on_as_are_asked_for() -> None:
 
 
 def test_progress_counts_the_predicted_tokens_of_every_step() -> None:
-    seen: list[tuple[int, float]] = []
+    seen: list[int] = []
     model, passages = tiny.base("llama"), tiny.passages(20, 12, 7)
-    trained = train(
-        model, passages, fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0, progress=lambda *step: seen.append(step)
-    )
-    assert sum(tokens for tokens, _ in seen) == trained.tokens == sum(passage.predicted for passage in passages)
+    trained = train(model, passages, fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0, progress=seen.append)
+    assert sum(seen) == trained.tokens == sum(passage.predicted for passage in passages)
     assert len(seen) == trained.steps == 2
 
 
@@ -154,7 +153,7 @@ def test_an_exception_in_the_middle_leaves_the_base_as_it_was() -> None:
     model = tiny.base("llama-tied")
     before, attention = tiny.checksum(model), model.config._attn_implementation
 
-    def stop(tokens: int, loss: float) -> None:
+    def stop(tokens: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

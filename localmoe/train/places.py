@@ -1,0 +1,235 @@
+"""Places: factors of several adapters beside one frozen base, each with an AdamW of its own.
+
+Place e holds row e of every tensor. No place sees another, so that each adapter is trained as it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmoe.lora import Adapter, LowRank, dequantised, weight_of
+from localmoe.packing import weighted_loss
+
+PARAMETER_BYTES = 28
+"""Memory of a parameter in a place: factor, two moments and temporaries in fp32, factor and gradient in bf16."""
+BETAS = (0.9, 0.999)
+"""Of AdamW, as torch has them."""
+_EPSILON = 1e-8
+_EAGER = 2  # steps of one shape that run kernel by kernel before it is captured: libraries set themselves up in them
+
+
+class Batch(NamedTuple):
+    """What the places learn from in one step: [places · n, length], a row a passage, one place after the other.
+
+    weights: 1 / predicted tokens of the place where a token is predicted, else 0.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+class Hyper(NamedTuple):
+    """What a step of AdamW goes by, each [places] fp32; a rate of 0 leaves a place as it is."""
+
+    rate: Tensor
+    decay: Tensor
+    clip: Tensor
+    first: Tensor
+    """1 − β₁ᵗ with every place's own step t."""
+    second: Tensor
+    """1 − β₂ᵗ."""
+
+
+class _Graph(NamedTuple):
+    """A step captured as a CUDA graph, with the tensors that it reads and the losses that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    hyper: Hyper
+    losses: Tensor
+
+
+class Places:
+    """The factors that are trained, flat: [places, parameters], A before B for one module after another.
+
+    With `freeze_A` they are B alone, and all places share the A of `like`. c is the same in all places.
+    """
+
+    def __init__(self, model: Any, like: Adapter, count: int, freeze_A: bool) -> None:
+        self.model, self.count, self._frozen = model, count, freeze_A
+        self._like = {name: LowRank(u.A, u.B, u.c.to(model.device)) for name, u in like.items()}
+        self._parts: dict[str, tuple[slice, slice]] = {}
+        end = 0
+        for name, update in like.items():
+            middle = end + (0 if freeze_A else update.A.numel())
+            self._parts[name] = (slice(end, middle), slice(middle, middle + update.B.numel()))
+            end = middle + update.B.numel()
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, end, dtype=dtype, device=model.device)
+
+        self._factors, self._first, self._second = (zeros(torch.float32) for _ in range(3))
+        self._applied, self._gradient = zeros(model.dtype), zeros(model.dtype)
+        self._last: tuple[Adapter, Tensor] | None = None
+        self._seen: dict[tuple[int, ...], int] = {}
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._pool: Any = None
+        self._scale = torch.ones(end, device=model.device)
+        for name, update in self._like.items():
+            self._scale[self._parts[name][1]] = update.c.expand(update.B.shape).reshape(-1)
+
+    def load(self, place: int, start: Adapter) -> None:
+        """Put an adapter into a place, with an optimiser that has seen nothing. Raises ValueError for another c."""
+        self._factors[place] = self._flat(start)
+        self._first[place] = 0
+        self._second[place] = 0
+
+    def adapter(self, place: int, start: Adapter) -> Adapter:
+        """The factors of a place as they are stored, bf16; an A that was not trained stays the very tensor it was."""
+        flat, found = self._factors[place].bfloat16(), {}
+        for name, (a, b) in self._parts.items():
+            A = start[name].A if self._frozen else flat[a].view(start[name].A.shape)
+            found[name] = LowRank(A, flat[b].view(start[name].B.shape), start[name].c)
+        return found
+
+    def _flat(self, start: Adapter) -> Tensor:
+        """The factors that are trained, as they lie in a place; the last start is kept, since many share one."""
+        if self._last is None or self._last[0] is not start:
+            for name, update in start.items():
+                if not torch.equal(update.c.to(self.model.device), self._like[name].c):
+                    raise ValueError(f"{name}: adapters trained side by side must have one scale alpha / rank")
+            parts = [factor for u in start.values() for factor in ([u.B] if self._frozen else [u.A, u.B])]
+            self._last = start, torch.cat([part.to(self._factors).reshape(-1) for part in parts])
+        return self._last[1]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model with the places' factors beside its weights; its modules are put back on exit."""
+        anchor = torch.zeros((), device=self.model.device, requires_grad=True)
+        bases = {name: self.model.get_submodule(name) for name in self._like}
+        try:
+            for name, base in bases.items():
+                self.model.set_submodule(name, self._beside(name, base, anchor))
+            self._anchor = anchor
+            yield
+        finally:
+            for name, base in bases.items():
+                self.model.set_submodule(name, base)
+
+    def step(self, batch: Batch, hyper: Hyper) -> Tensor:
+        """One step of AdamW in every place, gradients clipped place by place; the mean loss of each [places].
+
+        On a GPU a step is captured as a graph: launching its thousands of small kernels takes longer than running them.
+        """
+        if self.model.device.type != "cuda":
+            return self._step(batch, hyper)
+        shape = tuple(batch.ids.shape)
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] <= _EAGER:
+            return self._step(batch, hyper)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._captured(batch, hyper)
+        held = self._graphs[shape]
+        for mine, given in zip((*held.batch, *held.hyper), (*batch, *hyper), strict=True):
+            mine.copy_(given)
+        held.graph.replay()
+        return held.losses.clone()
+
+    def _captured(self, batch: Batch, hyper: Hyper) -> _Graph:
+        mine, own = Batch(*map(torch.clone, batch)), Hyper(*map(torch.clone, hyper))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            losses = self._step(mine, own)
+        self._pool = graph.pool()
+        return _Graph(graph, mine, own, losses)
+
+    def _step(self, batch: Batch, hyper: Hyper) -> Tensor:
+        torch.mul(self._factors, self._scale, out=self._applied)
+        total, nll = weighted_loss(self.model, batch.ids, batch.targets, batch.weights)
+        torch.autograd.backward(total, inputs=[self._anchor])
+        self._descend(hyper)
+        return nll.view(self.count, -1).sum(dim=1)
+
+    def finite(self, place: int) -> bool:
+        """Whether all factors of a place are finite."""
+        return bool(self._factors[place].isfinite().all())
+
+    def _descend(self, hyper: Hyper) -> None:
+        gradient = self._gradient.float().mul_(self._scale)
+        norm = gradient.norm(dim=1)
+        gradient.mul_((hyper.clip / (norm + 1e-6)).clamp_(max=1.0)[:, None])
+        self._first.lerp_(gradient, 1 - BETAS[0])
+        self._second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        self._factors.mul_((1 - hyper.rate * hyper.decay)[:, None])
+        torch.div(self._second, hyper.second[:, None], out=gradient).sqrt_().add_(_EPSILON)
+        torch.div(self._first, gradient, out=gradient)
+        self._factors.sub_(gradient.mul_((hyper.rate / hyper.first)[:, None]))
+
+    def _beside(self, name: str, base: nn.Module, anchor: Tensor) -> _Beside:
+        a, b = self._parts[name]
+        like = self._like[name]
+        shape_A, shape_B = (self.count, *like.A.shape), (self.count, *like.B.shape)
+        if self._frozen:
+            A = like.A.to(self._applied).expand(shape_A)
+            return _Beside(base, A, self._applied[:, b].view(shape_B), None, self._gradient[:, b].view(shape_B), anchor)
+        pairs = ((flat[:, a].view(shape_A), flat[:, b].view(shape_B)) for flat in (self._applied, self._gradient))
+        (A, B), (dA, dB) = pairs
+        return _Beside(base, A, B, dA, dB, anchor)
+
+
+class _Beside(nn.Module):
+    """A frozen linear with a low-rank update for each place: y_e = base(x_e) + (x_e A_eᵀ) B_eᵀ, B with c in it.
+
+    The gradients of A and B are written where `dA` and `dB` lie.
+    """
+
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, dA: Tensor | None, dB: Tensor, anchor: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self._tensors = (A, B, dA, dB, anchor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] → [..., d_out]; the rows of the places lie one after the other, as many for each."""
+        weight, bias = weight_of(self.base), getattr(self.base, "bias", None)
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Apply.apply(rows, weight, bias, *self._tensors)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Apply(torch.autograd.Function):
+    """`_Beside`'s product; `anchor` takes part in nothing but that the way back goes through here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        A: Tensor, B: Tensor, dA: Tensor | None, dB: Tensor, anchor: Tensor,
+    ) -> Tensor:  # fmt: skip
+        y = F.linear(x, weight, bias)
+        narrow = torch.bmm(x.view(len(A), -1, x.shape[-1]), A.transpose(1, 2))
+        y.view(len(A), -1, y.shape[-1]).baddbmm_(narrow, B.transpose(1, 2))
+        ctx.save_for_backward(x, weight, narrow)
+        ctx.factors = (A, B, dA, dB)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, narrow = ctx.saved_tensors
+        A, B, dA, dB = ctx.factors
+        g = grads[0].contiguous()
+        apart = g.view(len(A), -1, g.shape[-1])
+        narrow_g = torch.bmm(apart, B)
+        torch.bmm(apart.transpose(1, 2), narrow, out=dB)
+        if dA is not None:
+            torch.bmm(narrow_g.transpose(1, 2), x.view(len(A), -1, x.shape[-1]), out=dA)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ dequantised(weight)
+            dx.view(len(A), -1, dx.shape[-1]).baddbmm_(narrow_g, A)
+        return dx, None, None, None, None, None, None, None

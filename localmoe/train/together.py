@@ -1,0 +1,146 @@
+"""Trainings side by side, one forward pass for all: one after the other, short passages fill no GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localmoe.models import packed
+from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of, schedule, trained
+from localmoe.train.places import BETAS, PARAMETER_BYTES, Batch, Hyper, Places
+
+TOKENS_AT_ONCE = 32_768
+"""Tokens of a step, of all places together, at most; a GPU gains little from more."""
+MEMORY_SHARE = 0.3
+"""Share of a GPU's free memory that factors may take, and as much again what the way back needs of every token."""
+_WIDTHS = (
+    40  # bytes that a token keeps in every layer, in hidden widths: about 34 in 16 bits, and the factors' products
+)
+
+Finished = Callable[[int, Trained | DivergedError], None]
+"""Called with the number of a job and what became of it, as soon as it is done."""
+
+
+class _Course:
+    """A job on its way: its batches, and the losses [places] of the steps that it was part of."""
+
+    def __init__(self, number: int, job: Job) -> None:
+        self.number, self.job = number, job
+        self.batches = batches_of(job.passages, job.config, job.seed, job.tokens)
+        self.losses: list[Tensor] = []
+
+    @property
+    def rate(self) -> float:
+        job = self.job
+        return job.learning_rate * schedule(len(self.losses), len(self.batches), job.config.warmup, job.floor)
+
+    @property
+    def done(self) -> bool:
+        return len(self.losses) == len(self.batches)
+
+
+def places_for(model: Any, jobs: Sequence[Job]) -> int:
+    """How many of these trainings are worth running at once: one on a CPU, on a GPU as many as fill it."""
+    if model.device.type != "cuda" or not jobs:
+        return 1
+    free, _ = torch.cuda.mem_get_info(model.device)
+    parameters = sum(update.A.numel() + update.B.numel() for update in jobs[0].start.values())
+    fit = int(MEMORY_SHARE * free / (PARAMETER_BYTES * parameters))
+    shape = model.config.get_text_config()
+    most = min(TOKENS_AT_ONCE, int(MEMORY_SHARE * free / (_WIDTHS * shape.hidden_size * shape.num_hidden_layers)))
+    tokens = max(job.config.batch * max(map(len, job.passages)) for job in jobs)
+    return max(1, min(fit, most // tokens, len(jobs)))
+
+
+def train_together(
+    model: Any,
+    jobs: Sequence[Job],
+    places: int,
+    freeze_A: bool = False,
+    progress: Progress | None = None,
+    finished: Finished | None = None,
+) -> list[Trained | DivergedError]:
+    """Train every job as `train` does, `places` of them at once; a place that is done takes the next job.
+
+    The same steps as each would make alone, but for the order of additions. All starts must have the same modules,
+    rank and scale. progress: called after every step with its label tokens, of all places together.
+    """
+    courses = [_Course(number, job) for number, job in enumerate(jobs)]
+    waiting = sorted(courses, key=lambda course: len(course.batches))  # taken from the end: the longest start first
+    rows = max(course.job.config.batch for course in courses)
+    length = max(len(passage) for course in courses for batch in course.batches for passage in batch)
+    room = Places(model, jobs[0].start, min(places, len(jobs)), freeze_A)
+    held: list[_Course | None] = [None] * room.count
+    results: dict[int, Trained | DivergedError] = {}
+    with packed(model), room.attached():
+        while True:
+            for place, course in enumerate(held):
+                if course is None and waiting:
+                    held[place] = now = waiting.pop()
+                    room.load(place, now.job.start)
+            if not any(held):
+                break
+            losses = room.step(_batch(held, rows, length, model.device), _hyper(held, model.device))
+            seen = 0
+            for place, course in enumerate(held):
+                if course is None:
+                    continue
+                seen += sum(passage.predicted for passage in course.batches[len(course.losses)])
+                course.losses.append(losses)
+                if course.done:
+                    held[place] = None
+                    results[course.number] = _result(room, place, course)
+                    if finished is not None:
+                        finished(course.number, results[course.number])
+            if progress is not None:
+                progress(seen)
+    return [results[number] for number in range(len(jobs))]
+
+
+def _batch(held: Sequence[_Course | None], rows: int, length: int, device: torch.device) -> Batch:
+    """The next batch of every place, filled up to `rows` passages of one, two, three or four quarters of `length`."""
+    batches = [[] if course is None else course.batches[len(course.losses)] for course in held]
+    quarter = -(-length // 4)
+    longest = max(len(passage) for batch in batches for passage in batch)
+    shape = (len(batches), rows, min(length, -(-longest // quarter) * quarter))
+    ids, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float32)
+    for place, batch in enumerate(batches):
+        share = 1.0 / max(1, sum(passage.predicted for passage in batch))
+        for row, passage in enumerate(batch):
+            tokens, last = passage.tokens.numpy(), len(passage) - 1
+            ids[place, row, : last + 1] = tokens
+            targets[place, row, :last] = tokens[1:]
+            weights[place, row, :last] = passage.labels[1:].numpy() * share
+    flat = (torch.from_numpy(values.reshape(-1, shape[-1])) for values in (ids, targets, weights))
+    return Batch(*(_sent(values, device) for values in flat))
+
+
+def _hyper(held: Sequence[_Course | None], device: torch.device) -> Hyper:
+    rates = [0.0 if course is None else course.rate for course in held]
+    decays = [0.0 if course is None else course.job.config.weight_decay for course in held]
+    clips = [1.0 if course is None else course.job.config.clip for course in held]
+    steps = [1 if course is None else len(course.losses) + 1 for course in held]
+    corrections = ([1 - beta**step for step in steps] for beta in BETAS)
+    return Hyper(*(_sent(torch.tensor(values), device) for values in (rates, decays, clips, *corrections)))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is doing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def _result(room: Places, place: int, course: _Course) -> Trained | DivergedError:
+    losses = torch.stack(course.losses)[:, place].tolist()
+    bad = next((loss for loss in losses if not math.isfinite(loss)), None)
+    if bad is not None:
+        return DivergedError(f"the loss became {bad}")
+    if not room.finite(place):
+        return DivergedError("the factors are not finite after training")
+    tokens = sum(passage.predicted for batch in course.batches for passage in batch)
+    return trained(room.adapter(place, course.job.start), tokens, losses)

@@ -1,0 +1,104 @@
+"""Trainings side by side: each job gives what `train` gives alone."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+
+from localmoe.config import TrainConfig
+from localmoe.models import target_linears
+from localmoe.train.course import DivergedError, Job, Trained
+from localmoe.train.together import train_together
+from localmoe.train.training import fresh_adapter, train
+
+CONFIG = TrainConfig(rank=3, batch=2, learning_rate=1e-2)
+
+
+def _alone(model: object, job: Job, freeze_A: bool = False) -> Trained:
+    return train(
+        model, job.passages, job.start, job.config, job.learning_rate, job.seed, job.tokens, freeze_A, floor=job.floor
+    )
+
+
+def _jobs(model: object) -> list[Job]:
+    start = tiny.random_adapter(model)
+    other = tiny.random_adapter(model, seed=5)
+    small = dataclasses.replace(CONFIG, batch=1, weight_decay=0.1, clip=0.05, warmup=0.3)
+    return [
+        Job(tiny.passages(20, 12, 7, 16, 9), start, CONFIG, 1e-2, 0),
+        Job(tiny.passages(11, 5), other, small, 3e-3, 1, tokens=60, floor=0.25),
+        Job(tiny.passages(8, 30, 14), start, CONFIG, 5e-3, 2, tokens=120),
+    ]
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_every_job_gives_what_it_gives_alone(name: str, places: int) -> None:
+    model = tiny.base(name)
+    jobs, before, modules = _jobs(model), tiny.checksum(model), target_linears(model)
+    seen: list[int] = []
+    found = train_together(model, jobs, places, progress=seen.append)
+    assert tiny.checksum(model) == before
+    assert target_linears(model) == modules
+    for job, mine in zip(jobs, found, strict=True):
+        alone = _alone(model, job)
+        assert isinstance(mine, Trained)
+        assert (mine.tokens, mine.steps) == (alone.tokens, alone.steps)
+        assert mine.first_loss == pytest.approx(alone.first_loss, abs=2e-4)
+        assert mine.last_loss == pytest.approx(alone.last_loss, abs=2e-4)
+        for module, update in alone.adapter.items():
+            for a, b in ((mine.adapter[module].A, update.A), (mine.adapter[module].B, update.B)):
+                assert a.dtype == torch.bfloat16
+                torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-3)
+    assert sum(seen) == sum(mine.tokens for mine in found if isinstance(mine, Trained))
+
+
+def test_a_frozen_first_factor_stays_the_very_same_tensor() -> None:
+    model = tiny.base("llama")
+    jobs = [dataclasses.replace(job, start=_jobs(model)[0].start) for job in _jobs(model)]
+    for job, mine in zip(jobs, train_together(model, jobs, 2, freeze_A=True), strict=True):
+        alone = _alone(model, job, freeze_A=True)
+        assert isinstance(mine, Trained)
+        for module, update in mine.adapter.items():
+            assert update.A is job.start[module].A
+            torch.testing.assert_close(update.B.float(), alone.adapter[module].B.float(), rtol=2e-2, atol=2e-3)
+
+
+def test_a_job_that_diverges_says_so_and_disturbs_no_other() -> None:
+    model = tiny.base("llama")
+    fine = Job(tiny.passages(20, 12, 7, 16, 9), fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0, tokens=300)
+    wild = dataclasses.replace(fine, learning_rate=1e30, config=dataclasses.replace(CONFIG, clip=1e30))
+    told: dict[int, object] = {}
+    first, bad, last = train_together(model, [fine, wild, fine], 3, finished=told.__setitem__)
+    assert isinstance(bad, DivergedError)
+    assert isinstance(first, Trained)
+    assert isinstance(last, Trained)
+    assert told == {0: first, 1: bad, 2: last}
+    alone = _alone(model, fine)
+    for mine in (first, last):
+        assert mine.last_loss == pytest.approx(alone.last_loss, abs=2e-4)
+
+
+def test_adapters_of_another_scale_are_refused() -> None:
+    model = tiny.base("llama")
+    jobs = _jobs(model)
+    other = {name: update.scaled(2.0) for name, update in jobs[0].start.items()}
+    with pytest.raises(ValueError, match="one scale"):
+        train_together(model, [jobs[0], dataclasses.replace(jobs[1], start=other)], 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("places", [1, 3])
+def test_captured_steps_of_a_gpu_are_those_of_a_cpu(places: int) -> None:
+    model = tiny.base("llama")
+    jobs = [dataclasses.replace(job, tokens=600) for job in _jobs(model)]
+    expected = [_alone(model, job) for job in jobs]
+    model.to("cuda")
+    for mine, alone in zip(train_together(model, jobs, places), expected, strict=True):
+        assert isinstance(mine, Trained)
+        assert mine.steps == alone.steps > 8
+        assert mine.last_loss == pytest.approx(alone.last_loss, abs=5e-3)
+        for module, update in alone.adapter.items():
+            mine_B, B = mine.adapter[module].B.cpu().float(), update.B.cpu().float()
+            torch.testing.assert_close(mine_B, B, rtol=5e-2, atol=1e-2)
