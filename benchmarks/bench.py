@@ -43,6 +43,7 @@ class Bench:
         key = f"{'shared' if shared else 'own'}-{rank}-{count}"
         if key not in self._experts:
             base = self.arguments.base
+            base = Path(base).name if Path(base).is_dir() else base  # a bank names no folders
             self._experts[key] = material.write_experts(self.folder / key, self.model, base, count, rank, shared)
         return self._experts[key]
 

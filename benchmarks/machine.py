@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,19 @@ def describe(device: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx": torch.cpu._is_amx_tile_supported(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "localmoe")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "localmoe")},
     }
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "gpu_bytes": torch.cuda.get_device_properties(0).total_memory}
     return found
+
+
+def _version(name: str) -> str | None:
+    """None for what runs from its source without being installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

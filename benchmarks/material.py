@@ -79,7 +79,8 @@ def load_base(base: str, shape: str | None, device: str) -> Any:
         config = LlamaConfig(**SHAPES[shape], bos_token_id=1, eos_token_id=2)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
-        model = AutoModelForCausalLM.from_config(config)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config)
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     return model.to(device).eval().requires_grad_(False)
@@ -115,7 +116,7 @@ def write_experts(folder: Path, model: Any, base: str, count: int, rank: int, sh
     path, numbered = folder / "bank", folder / "numbered"
     numbered.mkdir(parents=True)
     note(f"writing {count} experts of rank {rank}{', one A' if shared else ''}")
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator(model.device).manual_seed(rank)
     transposed = needs_transpose(model)
     trunk = _adapter(model, rank, generator, None)
     written = write_adapter(path, "trunk", trunk, base, transposed) if shared else None
@@ -147,13 +148,15 @@ def _adapter(model: Any, rank: int, generator: torch.Generator, trunk: Adapter |
     adapter = {}
     for name, module in target_linears(model).items():
         d_out, d_in = weight_of(module).shape
-        if trunk is None:
-            A = torch.randn(rank, d_in, generator=generator).mul_(d_in**-0.5).bfloat16()
-        else:
-            A = trunk[name].A
-        B = torch.randn(d_out, rank, generator=generator).mul_(0.01 * rank**-0.5).bfloat16()
+        A = trunk[name].A if trunk is not None else _normal((rank, d_in), d_in**-0.5, generator)
+        B = _normal((d_out, rank), 0.01 * rank**-0.5, generator)
         adapter[name] = LowRank(A, B, torch.ones(rank))
     return adapter
+
+
+def _normal(shape: tuple[int, int], deviation: float, generator: torch.Generator) -> torch.Tensor:
+    """Drawn where the generator is; in main memory."""
+    return torch.randn(shape, generator=generator, device=generator.device).mul_(deviation).bfloat16().cpu()
 
 
 def _manifest(

@@ -8,9 +8,11 @@ memory and on the device (`cold` aside), and gets what is needed to merge any N 
 "Added" is the time from a prompt's text to its first token, less that of the base model alone in the same round: for
 `ttmerge` by transformers' `generate`, which it uses; for us by that or by our engine, whichever was faster. Ratios are
 of the medians of what is added, `ttmerge`'s over ours; its restoring of weights after the answer is not in them.
+On a GPU our load and merge, but for those of part `merge`, end when it was asked for them; the first token waits.
 
 Parts: first (every stage, experts in memory, no encoder), encoder (with it), cold (experts on disk, page cache empty),
-answers (32 and 100 new tokens), switch (dense against bare addmm), shared (experts of one A), memory.
+answers (32 and 100 new tokens), merge (select, load and merge to a dense model; on a GPU with experts there and in
+main memory), switch (dense against bare addmm), shared (experts of one A), memory.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PARTS = ("first", "encoder", "cold", "answers", "switch", "shared", "memory")
+PARTS = ("first", "encoder", "cold", "answers", "merge", "switch", "shared", "memory")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 

@@ -139,6 +139,40 @@ def answers(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def merge(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
+    """Select, load and merge up to a dense model: experts on the device, and in main memory (pinned on our side)."""
+    arguments, found = bench.arguments, {}
+    places = ("device", "host") if bench.device == "cuda" else ("host",)
+    for rank, place in itertools.product(arguments.ranks, places):
+        experts, resident = bench.experts(rank, arguments.experts), place == places[0]
+        ours = Ours(bench.model, bench.tokenizer, experts, None, "dense", None if resident else 0)
+        theirs = Ttmerge(bench.model, bench.tokenizer, experts, None, bench.device, on_device=resident)
+        for active in arguments.active:
+            queries = mixed_queries(arguments.experts, active, arguments.rounds)
+            note(f"merge, experts on the {place}, N={active} r={rank}")
+            rounds: dict[str, list[dict[str, float]]] = {"localmoe": [], "ttmerge": []}
+            for number, query in enumerate(queries * 2):
+                mine, other = ours.stages(query), theirs.stages(next(bench.texts), query)
+                if number >= len(queries):  # all experts have been in memory before
+                    rounds["localmoe"].append(mine)
+                    rounds["ttmerge"].append(other)
+            medians = {
+                side: {stage: statistics.median(t[stage] for t in times) for stage in times[0]}
+                for side, times in rounds.items()
+            }
+            over = medians["ttmerge"]["all"] / medians["localmoe"]["all"]
+            limit = machine.limits(bench.shapes, rank, active, 1, bench.speeds)["dense"]
+            name = f"N={active} r={rank}, experts on the {place}"
+            found[name] = {"medians": medians, "ratio": over, "limit": limit, "rounds": rounds}
+            print(f"merge, {name} (ms, medians; limit {limit * 1e3:.2f}, ttmerge over ours {over:.2f})")
+            for side, row in medians.items():
+                print(f"  {side:9}" + "".join(f"  {stage} {value * 1e3:.2f}" for stage, value in row.items()))
+            print(flush=True)
+        del ours, theirs
+        gc.collect()
+    return found
+
+
 @torch.inference_mode()
 def switch(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     """From one mix to the next by `dense`, and the addmm of every target weight with factors already side by side."""

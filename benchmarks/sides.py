@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -85,13 +86,21 @@ class BaseAlone:
 class Ours:
     """LocalMoE's engine; every answer merges anew (the mix cache is off)."""
 
-    def __init__(self, model: Any, tokenizer: Any, experts: Experts, encoder: Any | None, execution: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        experts: Experts,
+        encoder: Any | None,
+        execution: str,
+        device_bytes: int | None = None,
+    ) -> None:
         from localmoe.config import ExecutionConfig
         from localmoe.runtime.calibration import planner
         from localmoe.runtime.engine import Engine
 
         self.encoder = StandIn(encoder)
-        config = ExecutionConfig(execution=execution, mix_cache=False)
+        config = ExecutionConfig(execution=execution, mix_cache=False, device_bytes=device_bytes)
         self.engine = Engine(experts.bank, model, tokenizer, self.encoder, routing(), execution=config)
         self.executor = self.engine.executor
         self.last: Any = None
@@ -140,9 +149,33 @@ class Ours:
 
     def switch(self, mix: Any) -> float:
         """Seconds from a mix to the model merged by it (`dense`)."""
+        device = self.engine.model.device.type
+        machine.synchronise(device)
         begun = time.perf_counter()
         with self.engine.merged(mix, "dense"):
+            machine.synchronise(device)
             return time.perf_counter() - begun
+
+    def stages(self, query: np.ndarray) -> dict[str, float]:
+        """Seconds of select, load and merge (`dense`), each waited for; `all`: the three without waits between."""
+        device, times = self.engine.model.device.type, [0.0] * 5
+        machine.synchronise(device)
+        times[0] = time.perf_counter()
+        mix = self.select(query)
+        times[1] = time.perf_counter()
+        loaded = self.executor.load([mix])
+        machine.synchronise(device)
+        times[2] = time.perf_counter()
+        with self.executor.attached(loaded, "dense"):
+            machine.synchronise(device)
+            times[3] = time.perf_counter()
+        del loaded
+        begun = time.perf_counter()
+        with self.executor.attached(self.executor.load([self.select(query)]), "dense"):
+            machine.synchronise(device)
+            times[4] = time.perf_counter() - begun
+        spent = [end - start for start, end in itertools.pairwise(times[:4])]
+        return dict(zip(("select", "load", "merge", "all"), [*spent, times[4]], strict=True))
 
     @torch.inference_mode()
     def answer_batch(
@@ -236,6 +269,12 @@ class Ttmerge:
             spent["restore"],
             back - begun,
         )
+
+    def stages(self, text: str, query: np.ndarray) -> dict[str, float]:
+        """Seconds of select, load and merge, and of all three; of experts in main memory `merge` copies them."""
+        times = self.answer(text, query, 1)
+        spent = {"select": times.select, "load": times.load, "merge": times.merge}
+        return {**spent, "all": sum(spent.values())}
 
     def _timed(self, name: str, function: Any, count: bool = False) -> Any:
         def work(*args: Any, **options: Any) -> Any:

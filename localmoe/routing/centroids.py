@@ -115,8 +115,7 @@ def _check_means(means: Tensor, vectors: Tensor) -> None:
 def _first_not_unit(vectors: Tensor) -> tuple[int | None, float]:
     """Row and length of the first row that is not of length 1 (NaN is not); (None, 1) if all are."""
     lengths = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
-    wrong = ~((lengths - 1).abs() <= _LENGTH_TOLERANCE)
-    if not wrong.any():
-        return None, 1.0
-    row = int(wrong.nonzero()[0])
-    return row, lengths[row].item()
+    for row, length in enumerate(lengths.tolist()):  # of one prompt: quicker than tensors are
+        if not abs(length - 1) <= _LENGTH_TOLERANCE:
+            return row, length
+    return None, 1.0

@@ -109,9 +109,11 @@ def fixed_sum(parts: Tensor) -> Tensor:
 
 def normalised(mass: Tensor) -> Tensor:
     """Rows of `mass` [n, K] ≥ 0 over their sums; in a row of zeros the first column gets 1."""
+    total = mass.sum(dim=1, keepdim=True)
+    empty = total == 0
     mass = mass.clone()
-    mass[mass.sum(dim=1) == 0, 0] = 1.0
-    return mass / mass.sum(dim=1, keepdim=True)
+    mass[:, :1] += empty
+    return mass / (total + empty)
 
 
 def variance_reductions(near: Tensor, gram: Tensor, noise: float) -> Tensor:

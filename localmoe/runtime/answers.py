@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of an answer went; `merge` may lie after the first token, where that is faster."""
+    """Where the time of an answer went; `merge` may lie after the first token, where that is faster.
+
+    On a GPU `load` and `merge` end when it was asked for them: what it then takes is in `first_token` and `total`.
+    """
 
     embed: float
     select: float

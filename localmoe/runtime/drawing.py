@@ -56,8 +56,8 @@ def draw(
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in given.items() if name in takes}
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
-        for row, scores in zip(rows, logits, strict=True):
-            row.new.append(_drawn(row, scores[None]))
+        for row, token in zip(rows, _drawn(rows, logits), strict=True):
+            row.new.append(token)
         going = [i for i, row in enumerate(rows) if len(row.new) < row.most and row.new[-1] not in ends]
         yield Step({row.place: row.new[-1] for row in rows}, going)
         positions = positions[:, -1:] + 1
@@ -89,7 +89,15 @@ def _row(model: Any, place: int, ids: Tensor, config: GenerateConfig) -> _Row:
     return _Row(place, ids, most, draws, process)
 
 
-def _drawn(row: _Row, scores: Tensor) -> int:
+def _drawn(rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    """The next token of every row, from logits [rows, V]; where all take the likeliest, a GPU is waited for once."""
+    if all(row.draws is None and len(row.process) == 0 for row in rows):
+        found: list[int] = logits.float().argmax(dim=-1).tolist()
+        return found
+    return [_drawn_alone(row, scores[None]) for row, scores in zip(rows, logits, strict=True)]
+
+
+def _drawn_alone(row: _Row, scores: Tensor) -> int:
     """The next token of a row, from its logits [1, V]."""
     scores = scores.float()
     if len(row.process) > 0:

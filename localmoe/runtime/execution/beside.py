@@ -109,8 +109,10 @@ class Beside:
         plan = self._plan(active)
         merged = active.shared is not None and active.single
         made = [_coefficients(active, ranks) for ranks in plan.ranks]
+        on = {(kind, group.device) for group, kind in zip(self._groups, plan.groups, strict=True)}
+        there = {} if merged else {(kind, device): _on(made[kind], device) for kind, device in on}
         for group, kind in zip(self._groups, plan.groups, strict=True):
-            group.c = None if merged else _on(made[kind], group.device)
+            group.c = there.get((kind, group.device))
             group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not merged
         self._weights = {}
         if self.near > 0:
@@ -183,7 +185,10 @@ def _coefficients(active: Active, ranks: tuple[tuple[int, ...], ...]) -> Tensor:
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device else tensor.to(device)
+    """A tensor in main memory on a device; a GPU's copy does not wait for what the GPU is at."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class _BlockLanes:

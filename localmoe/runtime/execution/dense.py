@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +14,20 @@ from torch import Tensor, nn
 from localmoe.errors import BankError, UsageError
 from localmoe.lora import weight_of
 from localmoe.runtime.execution.kernels import lay, located
-from localmoe.runtime.execution.layout import Layout, Target
-from localmoe.runtime.execution.workspace import Active, Workspace, level_for
+from localmoe.runtime.execution.layout import Block, Layout, Target
+from localmoe.runtime.execution.replay import Graphs, Stage
+from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
+
+Product = tuple[Target, Tensor, Tensor]
+"""A target, its Aᵀ [d_in, R] and its Bt [R, d_out]."""
+
+
+class _Gathered(NamedTuple):
+    """The factors of one block; `pieces`: Bt target by target and expert by expert, which the weights multiply."""
+
+    factors: Factors
+    products: list[Product]
+    pieces: list[Tensor]
 
 
 class DenseBuffer:
@@ -25,8 +39,10 @@ class DenseBuffer:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._workspace = Workspace(layout, whole=False)
+        self._workspaces = Workspace(layout, whole=False), Workspace(layout, whole=False)
+        self._stage = Stage(layout)
         self._level = level_for(layout)
+        self._gathered: dict[int, _Gathered] = {}
         self._both = torch.empty(0)
         self._views: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._buffers: dict[str, nn.Parameter] = {}
@@ -35,7 +51,8 @@ class DenseBuffer:
     @property
     def bytes(self) -> int:
         """Memory held, the workspace included."""
-        return sum(buffer.nbytes for buffer in self._buffers.values()) + self._workspace.bytes + self._both.nbytes
+        held = sum(workspace.bytes for workspace in self._workspaces) + self._both.nbytes + self._stage.memory.nbytes
+        return held + sum(buffer.nbytes for buffer in self._buffers.values())
 
     @torch.no_grad()
     def write(self, active: Active, key: object = None) -> None:
@@ -47,26 +64,81 @@ class DenseBuffer:
         if key is not None and key == self.held:
             return
         self.held = None  # until it is whole
-        summed = active.shared is not None
-        if self._level > 0 and not summed:
+        if self._level > 0 and active.shared is None:
             self._write_laid(active)
-            self.held = key
-            return
-        for index, block in enumerate(self._layout.blocks):
-            factors = self._workspace.fill(index, active, merge_shared=True)
-            targets = iter(zip(block.targets, factors.Bt, strict=True))
-            for group, At in zip(block.groups, factors.At, strict=True):
-                start = 0
-                for _ in group:
-                    target, Bt = next(targets)
+        elif self._side is not None:
+            self._write_on_gpu(active, self._side)
+        else:
+            for index in range(len(self._layout.blocks)):
+                for target, At, Bt in self._gather(index, active, self._workspaces[0]):
                     if len(Bt) > 0:
-                        if not summed:
-                            _scale(Bt, active, target)
-                        self._merge(target, At[:, start : start + len(Bt)], Bt)
+                        self._merge(target, At, Bt)
                     else:
                         self._keep(target)
-                    start += len(Bt)
         self.held = key
+
+    @cached_property
+    def _side(self) -> torch.cuda.Stream | None:
+        """A second stream, where the base is on one GPU."""
+        devices = {block.device for block in self._layout.blocks}
+        one = len(devices) == 1 and all(device.type == "cuda" for device in devices)
+        return torch.cuda.Stream(devices.pop()) if one else None  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def _graphs(self) -> Graphs:
+        """The merges of the last kinds of mixes as CUDA graphs."""
+        return Graphs(self._layout.blocks[0].device, self._addresses)
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where all that a merge from the stage reads and writes lies."""
+        memory = [self._stage.memory, *self._workspaces[0].memory, *self._workspaces[1].memory]
+        weights = [target.module._parameters["weight"] for target in self._layout.targets]
+        return tuple(held.data_ptr() for held in (*memory, *self._buffers.values(), *weights))  # type: ignore[union-attr]
+
+    def _write_on_gpu(self, active: Active, side: torch.cuda.Stream) -> None:
+        """The same on a GPU, from a CUDA graph once two mixes of the kind have come, where the stage takes them."""
+        staged = self._stage.fill(active)
+        if staged is None:
+            self._write_ahead(active, side, weighted=False)
+            return
+        kind, here = staged
+        self._graphs.run(kind, lambda: self._write_ahead(here, side, weighted=True))
+
+    def _write_ahead(self, active: Active, side: torch.cuda.Stream, weighted: bool) -> None:
+        """While one block is multiplied, the second stream gathers the next and copies its W0.
+
+        A block's workspace is the one of the block before the last, which has to be multiplied by then.
+        """
+        main, multiplied = torch.cuda.current_stream(side.device), list[torch.cuda.Event]()
+        side.wait_stream(main)
+        for index in range(len(self._layout.blocks)):
+            with torch.cuda.stream(side):
+                if index >= len(self._workspaces):
+                    side.wait_event(multiplied[index - len(self._workspaces)])
+                workspace = self._workspaces[index % len(self._workspaces)]
+                products = self._gather(index, active, workspace, weighted)
+                changed = [target for target, _, Bt in products if len(Bt) > 0 or target.name in self._buffers]
+                if changed:
+                    weights = [weight_of(target.module) for target in changed]
+                    torch._foreach_copy_([self._target(target) for target in changed], weights)
+                copied = side.record_event()
+            main.wait_event(copied)
+            for target, At, Bt in products:
+                if len(Bt) > 0:
+                    self._target(target).addmm_(Bt.t(), At.t())
+            multiplied.append(main.record_event())
+
+    def _gather(self, index: int, active: Active, workspace: Workspace, weighted: bool = False) -> list[Product]:
+        """The products of a block, with the weights in Bt; `weighted`: they are in it already."""
+        block = self._layout.blocks[index]
+        factors = workspace.fill(index, active, merge_shared=True)
+        if index not in self._gathered or self._gathered[index].factors is not factors:
+            pieces = _pieces(block, factors, active) if active.shared is None else []
+            self._gathered[index] = _Gathered(factors, _products(block, factors), pieces)
+        _, products, pieces = self._gathered[index]
+        if pieces and not weighted:  # a launch or two on a GPU
+            torch._foreach_mul_(pieces, active.scalars * len(block.targets))
+        return products
 
     def _write_laid(self, active: Active) -> None:
         """The same by `kernels.lay`, target by target, into memory that the nearest caches hold."""
@@ -179,7 +251,21 @@ def is_plain(module: nn.Module) -> bool:
     return type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point()
 
 
-def _scale(Bt: Tensor, active: Active, target: Target) -> None:
-    """Multiplies the rows of every expert by its weight."""
-    ranks = [expert.ranks[target.place] for expert in active.experts]
-    torch._foreach_mul_(list(Bt.split_with_sizes(ranks)), active.scalars)
+def _products(block: Block, factors: Factors) -> list[Product]:
+    """Every target of a block with its own part of Aᵀ, and Bt."""
+    found, targets = [], iter(zip(block.targets, factors.Bt, strict=True))
+    for group, At in zip(block.groups, factors.At, strict=True):
+        start = 0
+        for _ in group:
+            target, Bt = next(targets)
+            found.append((target, At[:, start : start + len(Bt)], Bt))
+            start += len(Bt)
+    return found
+
+
+def _pieces(block: Block, factors: Factors, active: Active) -> list[Tensor]:
+    """The rows of every expert in all Bt of a block, target by target."""
+    parts: list[Tensor] = []
+    for target, Bt in zip(block.targets, factors.Bt, strict=True):
+        parts += Bt.split_with_sizes([expert.ranks[target.place] for expert in active.experts])
+    return parts

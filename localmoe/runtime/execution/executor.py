@@ -216,7 +216,7 @@ class Executor:
         merged = merge_adapters([self._adapter(name) for name in mix.experts], mix.weights, mix.method)
         low_rank = {name: update for name, update in merged.items() if isinstance(update, LowRank)}
         if len(low_rank) == len(merged):
-            return [(pack(low_rank, self.layout), 1.0)]
+            return [(self._placed(pack(low_rank, self.layout)), 1.0)]
         return {name: update.delta() if isinstance(update, LowRank) else update for name, update in merged.items()}
 
     def _expert(self, name: str) -> PackedExpert:
@@ -227,7 +227,11 @@ class Executor:
             return self.host.get(key, lambda: self._packed(name))
         if self._device is None:
             self._device = ExpertCache(_device_bytes(self.config))
-        return self._device.get(key, lambda: moved(self.host.get(key, lambda: self._packed(name)), self.layout))
+        return self._device.get(key, lambda: self._placed(self.host.get(key, lambda: self._packed(name))))
+
+    def _placed(self, expert: PackedExpert) -> PackedExpert:
+        """The expert where the base is."""
+        return expert if self.layout.blocks[0].device.type == "cpu" else moved(expert, self.layout)
 
     def _packed(self, name: str) -> PackedExpert:
         return pack(self._adapter(name), self.layout, self._shared, pin=torch.cuda.is_available())

@@ -29,6 +29,7 @@ class PackedExpert:
     blocks: one flat tensor a block, on the block's device: A of all its targets, then Bt of all; Bt alone where A is
     shared. parts: the same memory, a view per factor (empty where the expert does not change the target), see `views`.
     shared: the packed A that this expert shares with others; ranks: r_t by the place of the target.
+    whole: all blocks end to end, where they lie so.
     """
 
     blocks: tuple[Tensor, ...]
@@ -37,6 +38,7 @@ class PackedExpert:
     scale: float
     shared: SharedFactors | None
     modules: frozenset[str]
+    whole: Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -115,19 +117,37 @@ def pack(adapter: Adapter, layout: Layout, shared: SharedFactors | None = None, 
         _fill(block, memory.split_with_sizes(part), adapter, ranks, with_A, fold=scale is None)
     parts = tuple(views(memory, part) for memory, part in zip(blocks, sizes, strict=True))
     one = 1.0 if scale is None else scale
-    return PackedExpert(blocks, parts, ranks, one, None if with_A else shared, frozenset(adapter))
+    return PackedExpert(blocks, parts, ranks, one, None if with_A else shared, _one_set(frozenset(adapter)), flat)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def moved(expert: PackedExpert, layout: Layout) -> PackedExpert:
-    """The expert on the devices of the base's blocks; copies from pinned memory do not wait."""
+    """The expert on the devices of the base's blocks, by one copy if that is one device.
+
+    Copies from pinned memory do not wait; torch does not give that memory to others before they are done.
+    """
+    devices = {block.device for block in layout.blocks}
+    if len(devices) == 1 and expert.whole is not None:
+        return lying(expert, expert.whole.to(devices.pop(), non_blocking=True), layout)
     blocks = tuple(
         flat.to(block.device, non_blocking=True) for flat, block in zip(expert.blocks, layout.blocks, strict=True)
     )
+    return _in_blocks(expert, blocks, None, layout)
+
+
+def lying(expert: PackedExpert, whole: Tensor, layout: Layout) -> PackedExpert:
+    """An expert like this one, whose blocks lie end to end in `whole`."""
+    blocks = whole.split_with_sizes([block.numel() for block in expert.blocks])
+    return _in_blocks(expert, tuple(blocks), whole, layout)
+
+
+def _in_blocks(expert: PackedExpert, blocks: tuple[Tensor, ...], whole: Tensor | None, layout: Layout) -> PackedExpert:
     with_A = expert.shared is None
     parts = tuple(
         views(memory, _sizes(block, expert.ranks, with_A)) for memory, block in zip(blocks, layout.blocks, strict=True)
     )
-    return PackedExpert(blocks, parts, expert.ranks, expert.scale, expert.shared, expert.modules)
+    return PackedExpert(blocks, parts, expert.ranks, expert.scale, expert.shared, expert.modules, whole)
 
 
 def views(flat: Tensor, sizes: Sequence[int]) -> tuple[Any, ...]:
@@ -189,6 +209,12 @@ def _helper() -> ThreadPoolExecutor:
 def _one(ranks: tuple[int, ...]) -> tuple[int, ...]:
     """The same tuple for equal ranks, so that comparing them costs nothing."""
     return ranks
+
+
+@lru_cache(maxsize=64)
+def _one_set(modules: frozenset[str]) -> frozenset[str]:
+    """The same for the modules."""
+    return modules
 
 
 def _sizes(block: Block, ranks: tuple[int, ...], with_A: bool) -> list[int]:

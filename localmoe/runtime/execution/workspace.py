@@ -34,7 +34,7 @@ class Active:
     def __post_init__(self) -> None:
         first = self.experts[0].modules
         for place, expert in enumerate(self.experts):
-            if expert.modules != first:
+            if expert.modules is not first and expert.modules != first:  # comparing equal ones reads them all
                 module = min(expert.modules ^ first)
                 without = place if module in first else 0
                 raise BankError(
@@ -105,6 +105,11 @@ class Workspace:
     def bytes(self) -> int:
         """Memory held."""
         return sum(memory.nbytes for memory in self._memory.values())
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """All of it."""
+        return list(self._memory.values())
 
     @torch.no_grad()
     def fill(self, index: int, active: Active, merge_shared: bool) -> Factors:

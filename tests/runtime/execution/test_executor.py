@@ -243,7 +243,7 @@ def test_a_repeated_mix_is_not_merged_again_and_a_changed_weight_is(monkeypatch:
     adapters = _adapters(model)
     gathered: list[int] = []
     for run in (executor(model, adapters), executor(model, adapters, mix_cache=False)):
-        for workspace in (run.dense._workspace, run.beside.staying):
+        for workspace in (*run.dense._workspaces, run.beside.staying):
             fill = workspace.fill
 
             def counted(index: int, *rest: Any, fill: Any = fill, **more: Any) -> Any:
