@@ -18,7 +18,7 @@ import json
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ from localmoe.models import load_model, load_tokenizer, packed
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import sparse_softmax
 from localmoe.train.clustering import bisect
-from localmoe.train.course import Job, Trained
+from localmoe.train.course import Job, Trained, batches_of
 from localmoe.train.training import fresh_adapter, train_all
 
 TEST = 250
-BETAS = (0.0, 0.03, 0.06, 0.1)
+BETAS = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
 _DOCUMENTS = 32  # scored by one forward pass
 
 
@@ -69,6 +69,7 @@ class Setting:
     batch: int = 4
     expert_batch: int = 4
     expert_warmup: float = 0.05
+    fresh: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +174,13 @@ def clusters_of(lab: Laboratory, count: int) -> tuple[np.ndarray, list[list[Pass
     return found.centroids, [[lab.train[row] for row in rows] for rows in members]
 
 
+def seen_by(lab: Laboratory, one: Whole) -> set[int]:
+    """Identities of the passages that a training on all documents has read."""
+    asked = job(lab.train, {}, one, 0)
+    batches = batches_of(asked.passages, asked.config, asked.seed, asked.tokens)
+    return {id(passage) for batch in batches for passage in batch}
+
+
 def experts_of(
     lab: Laboratory, settings: list[Setting], known: dict[Whole, Adapter]
 ) -> list[tuple[np.ndarray, list[Adapter]]]:
@@ -182,7 +190,12 @@ def experts_of(
     for setting in settings:
         one = Whole(setting.rank, setting.expert_batch, setting.rate * setting.expert_rate, setting.expert, 0.0)
         trunk, groups = known[trunk_of(setting)], clusters[setting.clusters][1]
-        jobs.append([job(group, trunk, one, k + 1, setting.expert_warmup) for k, group in enumerate(groups)])
+        asked = [round(setting.expert * sum(passage.predicted for passage in group)) for group in groups]
+        if setting.fresh:
+            seen = seen_by(lab, trunk_of(setting))
+            groups = [[passage for passage in group if id(passage) not in seen] or group for group in groups]
+        made = [job(group, trunk, one, k + 1, setting.expert_warmup) for k, group in enumerate(groups)]
+        jobs.append([replace(it, tokens=tokens) for it, tokens in zip(made, asked, strict=True)])
     found: list[tuple[np.ndarray, list[Adapter]]] = []
     trained: dict[int, list[Adapter]] = {}
     for rank in {setting.rank for setting in settings}:
