@@ -30,6 +30,7 @@ class Job:
     seed: int
     tokens: int | None = None
     floor: float = 0.0
+    read: Sequence[Passage] = ()
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,26 @@ def schedule(step: int, steps: int, warmup: float, floor: float = 0.0) -> float:
     return min((step + 1) / max(rise, 1.0), floor + (1.0 - floor) * left)
 
 
-def batches_of(passages: Sequence[Passage], config: TrainConfig, seed: int, tokens: int | None) -> list[list[Passage]]:
+def batches_of(
+    passages: Sequence[Passage], config: TrainConfig, seed: int, tokens: int | None, read: Sequence[Passage] = ()
+) -> list[list[Passage]]:
     """Batches of so many label tokens at least (none = once around), shuffled anew each time around.
 
-    Passages without a label are left out, since they teach nothing. Raises LocalMoEError if no other is there.
+    Those that were `read` before come after the others the first time around. Passages without a label are left out,
+    since they teach nothing. Raises LocalMoEError if no other is there.
     """
-    useful = [passage for passage in passages if passage.predicted > 0]
+    new, old = ([passage for passage in part if passage.predicted > 0] for part in (passages, read))
+    useful = new + old
     if not useful:
         raise LocalMoEError("no passage has a token to learn from")
     left = sum(passage.predicted for passage in useful) if tokens is None else max(1, tokens)
     shuffle = random.Random(seed)  # noqa: S311 - order, not secrets
+    order = shuffle.sample(new, len(new)) + shuffle.sample(old, len(old))
     batches = []
     while left > 0:
-        order = shuffle.sample(useful, len(useful))
         for first in range(0, len(order), config.batch):
             if left > 0:
                 batches.append(order[first : first + config.batch])
                 left -= sum(passage.predicted for passage in batches[-1])
+        order = shuffle.sample(useful, len(useful))
     return batches

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from localmoe.lora import Adapter
 from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
 from localmoe.packing import Passage
 from localmoe.train.checks import Nll, document_nll, outcome
-from localmoe.train.course import DivergedError, Job, Progress, Trained
+from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of
 from localmoe.train.training import fresh_adapter, train_all
 from localmoe.train.work import Work
 
@@ -52,6 +52,8 @@ class AdapterTask:
     """The trunk that it starts from; none = from the base."""
     train_rows: tuple[int, ...]
     tune_rows: tuple[int, ...]
+    read: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """Row → passages of it that the trunk has read already; they come last."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +210,40 @@ def _train(
 
 def _job(work: Work, task: AdapterTask) -> Job:
     """The training that a task asks for."""
-    passages = [passage for document in work.passages(task.train_rows) for passage in document]
+    new: list[Passage] = []
+    read: list[Passage] = []
+    for (row, place), passage in _passages(work, task):
+        (read if place in task.read.get(row, ()) else new).append(passage)
     start = _start(task)
     begin = start if start is not None else fresh_adapter(_model(task), task.config, task.seed)
-    tokens = round(task.epochs * sum(passage.predicted for passage in passages))
-    return Job(passages, begin, task.config, task.learning_rate, task.seed, tokens, task.floor)
+    tokens = _tokens(task, [*new, *read])
+    return Job(new, begin, task.config, task.learning_rate, task.seed, tokens, task.floor, read)
+
+
+def passages_read(work: Work, task: AdapterTask) -> dict[int, frozenset[int]]:
+    """Row → places of the passages that a training of less than one pass reads; nothing where it reads all of them."""
+    if task.epochs >= 1:
+        return {}
+    everything = list(_passages(work, task))
+    places = {id(passage): place for place, passage in everything}
+    passages = [passage for _, passage in everything]
+    found: dict[int, set[int]] = {}
+    for batch in batches_of(passages, task.config, task.seed, _tokens(task, passages)):
+        for row, place in (places[id(passage)] for passage in batch):
+            found.setdefault(row, set()).add(place)
+    return {row: frozenset(read) for row, read in found.items()}
+
+
+def _passages(work: Work, task: AdapterTask) -> Iterator[tuple[tuple[int, int], Passage]]:
+    """The train passages, each with its row and its place in it."""
+    for row, document in zip(task.train_rows, work.passages(task.train_rows), strict=True):
+        for place, passage in enumerate(document):
+            yield (row, place), passage
+
+
+def _tokens(task: AdapterTask, passages: Sequence[Passage]) -> int:
+    """Label tokens that the task's passes over these passages see."""
+    return round(task.epochs * sum(passage.predicted for passage in passages))
 
 
 def _model(task: AdapterTask) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Groundwork:
     """Peak rate of the trunk: as configured, or as found."""
     expert_rate: float
     """Rate of experts after a trunk, as a multiple of that: as configured, or as found."""
+    read: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """Row → passages that the trunk has read, where it makes less than one pass; experts read the others first."""
 
     @property
     def expert_ids(self) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ class Groundwork:
             start=start,
             train_rows=tuple(train),
             tune_rows=tuple(tune),
+            read={row: self.read[row] for row in train if row in self.read} if after_trunk else {},
         )
 
     def expert_task(self, k: int, start: AdapterRecord | None) -> AdapterTask:

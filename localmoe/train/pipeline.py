@@ -35,7 +35,7 @@ from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.documents import Document
-from localmoe.train.experts import AdapterResult, Map
+from localmoe.train.experts import AdapterResult, AdapterTask, Map
 from localmoe.train.groundwork import TRUNK, Groundwork, check_settings, checked_on, name_in_bank
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import search_expert_rate, search_rate
@@ -103,6 +103,8 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     ground = replace(ground, learning_rate=search_rate(ground, watch))
     trunk = _train_trunk(ground, watch)
     start = trunk.adapter if trunk is not None else None
+    if start is not None:
+        ground = replace(ground, read=training.passages_read(work, _trunk_task(ground)))
     ground = replace(ground, expert_rate=search_expert_rate(ground, start, watch))
     experts = expert_records(ground, _train_experts(ground, start, map, watch))
     base_id, encoder_id = name_in_bank(config.base), name_in_bank(config.encoder)
@@ -201,8 +203,7 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
     if not public:
         watch(Event("trunk", 1, 1, "no trunk: no document is public; experts start from the base"))
         return None
-    tune = sorted(ground.rows.where("tune", ()), key=lambda row: ground.rows.ids[row])[:AT_MOST]
-    task = ground.task(TRUNK, ground.config.seed, None, public, sorted(tune))
+    task = _trunk_task(ground)
     total = ground.tokens(public, ground.config.train.trunk_epochs)
     watch(Event("trunk", 0, total))
     result = training.run(task, _TokenProgress("trunk", total, watch))
@@ -226,6 +227,12 @@ def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, wa
         results.append(result)
         progress.reset(done)
     return results
+
+
+def _trunk_task(ground: Groundwork) -> AdapterTask:
+    """The task to train the trunk on all public documents; some of the public tune documents check it."""
+    tune = sorted(ground.rows.where("tune", ()), key=lambda row: ground.rows.ids[row])[:AT_MOST]
+    return ground.task(TRUNK, ground.config.seed, None, ground.rows.where("train", ()), sorted(tune))
 
 
 class _TokenProgress:

@@ -31,7 +31,7 @@ class _Course:
 
     def __init__(self, number: int, job: Job) -> None:
         self.number, self.job = number, job
-        self.batches = batches_of(job.passages, job.config, job.seed, job.tokens)
+        self.batches = batches_of(job.passages, job.config, job.seed, job.tokens, job.read)
         self.losses: list[Tensor] = []
 
     @property

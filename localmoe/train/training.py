@@ -57,21 +57,23 @@ def train(
     freeze_A: bool = False,
     progress: Progress | None = None,
     floor: float = 0.0,
+    read: Sequence[Passage] = (),
 ) -> Trained:
     """Go on training `start` on `passages`: AdamW, warm-up then linear decay to `floor` · rate, gradients clipped.
 
     The base is frozen and never written; with `freeze_A` B alone is trained. `tokens`: so many label tokens at least,
-    passages in a new order each time around; none = once around. Equal inputs, seed and threads give equal bytes.
+    passages in a new order each time around; none = once around. `read`: passages of which `start` has seen already
+    what they teach; they come last the first time around. Equal inputs, seed and threads give equal bytes.
     On a GPU the steps are captured (`train_together`). Raises DivergedError as soon as a loss or a factor is not
     finite.
     """
     if model.device.type == "cuda":
-        job = Job(passages, start, config, learning_rate, seed, tokens, floor)
+        job = Job(passages, start, config, learning_rate, seed, tokens, floor, read)
         (found,) = train_together(model, [job], 1, freeze_A, progress)
         if isinstance(found, DivergedError):
             raise found
         return found
-    batches = batches_of(passages, config, seed, tokens)
+    batches = batches_of(passages, config, seed, tokens, read)
     with attached(model, start, train_A=not freeze_A, train_B=True) as modules, packed(model):
         factors = [p for module in modules.values() for p in (module.A, module.B) if p.requires_grad]
         losses = descend(model, factors, batches, config, learning_rate, progress, floor)
@@ -92,7 +94,7 @@ def train_all(
     for job in jobs:
         given = (job.passages, job.start, job.config, job.learning_rate, job.seed, job.tokens)
         try:
-            found.append(train(model, *given, freeze_A, progress, job.floor))
+            found.append(train(model, *given, freeze_A, progress, job.floor, job.read))
         except DivergedError as error:
             found.append(error)
     return found

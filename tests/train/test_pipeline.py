@@ -20,7 +20,7 @@ from localmoe.errors import BankError, ConfigError, CorpusError, TemporaryError,
 from localmoe.lora import attached
 from localmoe.models import load_model
 from localmoe.train import experts, training
-from localmoe.train.course import DivergedError
+from localmoe.train.course import DivergedError, Job, batches_of
 from localmoe.train.plan import plan
 from localmoe.train.progress import Event
 from localmoe.train.training import train
@@ -273,6 +273,31 @@ def test_experts_from_another_map_are_the_same(
     assert bank.manifest.digest == Bank.open(tiny_bank).manifest.digest
 
 
+@pytest.mark.parametrize(("trunk_epochs", "some"), [(0.5, True), (1.0, False)])
+def test_experts_read_first_what_a_trunk_of_less_than_one_pass_has_not_read(
+    trunk_epochs: float, some: bool, config: Make, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+
+    def told(model: Any, asked: list[Job], *arguments: Any) -> Any:
+        jobs.extend(asked)
+        return training.train_all(model, asked, *arguments)
+
+    monkeypatch.setattr(experts, "train_all", told)
+    passes = {"trunk_epochs": trunk_epochs, "epochs": 0.25}
+    localmoe.build(tiny_corpus, tmp_path / "bank", config(train=passes))
+    trunk, *others = jobs
+    read = {
+        tuple(passage.tokens.tolist())
+        for batch in batches_of(trunk.passages, trunk.config, trunk.seed, trunk.tokens)
+        for passage in batch
+    }
+    assert any(job.read for job in others) == some
+    if some:
+        assert all(tuple(passage.tokens.tolist()) in read for job in others for passage in job.read)
+        assert not any(tuple(passage.tokens.tolist()) in read for job in others for passage in job.passages)
+
+
 # trainings that diverge
 
 
@@ -295,7 +320,7 @@ def test_the_trunk_falls_to_the_rate_at_which_the_experts_go_on_and_each_makes_i
     asked: list[tuple[float, float, float]] = []
 
     def told(model: Any, passages: Any, start: Any, given: Any, rate: float, seed: int, tokens: int, *more: Any) -> Any:
-        asked.append((rate, round(tokens / sum(passage.predicted for passage in passages), 2), more[-1]))
+        asked.append((rate, round(tokens / sum(passage.predicted for passage in passages), 2), more[2]))
         return train(model, passages, start, given, rate, seed, tokens, *more)
 
     monkeypatch.setattr(training, "train", told)

@@ -11,7 +11,7 @@ from localmoe.errors import LocalMoEError
 from localmoe.lora import Adapter
 from localmoe.models import target_linears
 from localmoe.packing import Passage
-from localmoe.train.course import DivergedError, schedule
+from localmoe.train.course import DivergedError, batches_of, schedule
 from localmoe.train.training import fresh_adapter, train
 
 CONFIG = TrainConfig(rank=3, batch=2, learning_rate=1e-2)
@@ -161,3 +161,17 @@ def test_an_exception_in_the_middle_leaves_the_base_as_it_was() -> None:
     assert tiny.checksum(model) == before
     assert model.config._attn_implementation == attention
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_what_was_read_before_comes_last_the_first_time_around() -> None:
+    new, read = tiny.passages(20, 12, 7), tiny.passages(9, 16, 5, 6)
+    batches = batches_of(new, CONFIG, 0, None, read)
+    flat = [id(passage) for batch in batches for passage in batch]
+    assert sorted(flat[:3]) == sorted(map(id, new))
+    assert sorted(flat[3:]) == sorted(map(id, read))
+    again = batches_of(new, CONFIG, 0, 2 * sum(passage.predicted for passage in (*new, *read)), read)
+    second = [id(passage) for batch in again for passage in batch][7:]
+    assert sorted(second) == sorted(map(id, (*new, *read)))
+    assert [[*map(id, batch)] for batch in batches_of(read, CONFIG, 3, None)] == [
+        [*map(id, batch)] for batch in batches_of((), CONFIG, 3, None, read)
+    ]
