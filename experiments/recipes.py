@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import random
 import time
 from collections.abc import Iterable
@@ -220,10 +221,10 @@ def test_time(lab: Laboratory, start: Adapter, count: int, neighbours: int, rate
 
 
 def tuned_of(setting: Setting, rates: list[float] | None, batches: list[int] | None) -> list[Whole]:
-    """The fine-tunes that a setting is compared with."""
+    """The fine-tunes that a setting is compared with; of another batch than its own at a rate by the root of it."""
     passes = setting.trunk + setting.expert
     return [
-        Whole(setting.rank, batch, rate, passes, 0.0)
+        Whole(setting.rank, batch, rate * math.sqrt(batch / setting.batch), passes, 0.0)
         for rate in ([setting.rate] if rates is None else rates)
         for batch in ([setting.batch] if batches is None else batches)
     ]

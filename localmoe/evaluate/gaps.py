@@ -7,6 +7,7 @@ from typing import Any
 from localmoe.evaluate.results import Results
 from localmoe.evaluate.statistics import gap_share
 from localmoe.evaluate.verdicts import noun
+from localmoe.quantities import percent
 
 NEAR, FAR = "trunk", "ttt-trunk"
 
@@ -27,6 +28,20 @@ def closed_gap(results: Results, method: str, near: str = NEAR, far: str = FAR) 
     if found is None:
         return {"share": None, "found": f"{far} is not shown to be better than {near} on these {len(both)} documents"}
     return {"share": found.share, "interval": [found.low, found.high], "documents": found.documents}
+
+
+def out_of_reach(results: Results) -> str | None:
+    """That test-time training itself loses to the fine-tune, which then no mix of experts can be expected to beat.
+
+    None where it is not shown to lose, or one of the two is missing.
+    """
+    row = next((row for row in results.comparisons if (row.method, row.baseline) == (FAR, "fine-tuned")), None)
+    if row is None or row.interval[1] >= 0:
+        return None
+    return (
+        f"{FAR} loses to the fine-tune too, by {percent(-row.gain)}: here more text for one adapter is worth more than "
+        "the nearest text, and experts of as many tokens have little to win"
+    )
 
 
 def gap_sentence(results: Results) -> str | None:

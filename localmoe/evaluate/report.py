@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from localmoe.evaluate.drawing import Plot, write_png
-from localmoe.evaluate.gaps import gap_sentence
+from localmoe.evaluate.gaps import gap_sentence, out_of_reach
 from localmoe.evaluate.page import (
     code_part,
     folded,
@@ -107,8 +107,7 @@ def _failures(results: Results) -> list[str]:
 
 
 def _gap(results: Results) -> list[str]:
-    sentence = gap_sentence(results)
-    return [] if sentence is None else [sentence]
+    return [sentence for sentence in (gap_sentence(results), out_of_reach(results)) if sentence is not None]
 
 
 def _facts(results: Results) -> list[str]:

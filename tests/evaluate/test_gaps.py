@@ -7,8 +7,8 @@ from dataclasses import replace
 import made_results
 import pytest
 
-from localmoe.evaluate.gaps import closed_gap, gap_sentence
-from localmoe.evaluate.results import Results
+from localmoe.evaluate.gaps import closed_gap, gap_sentence, out_of_reach
+from localmoe.evaluate.results import ComparisonRow, Results
 
 
 def _made(share: float, gap: float = 1.0) -> Results:
@@ -54,3 +54,15 @@ def test_nothing_is_said_of_a_gap_that_was_not_asked_for() -> None:
     without = [method for method in results.methods if method.name != "ttt-trunk"]
     assert gap_sentence(replace(results, methods=tuple(without))) is None
     assert gap_sentence(replace(results, methods=())) is None
+
+
+@pytest.mark.parametrize(("interval", "said"), [((-0.05, -0.02), True), ((-0.05, 0.01), False), ((0.02, 0.05), False)])
+def test_where_test_time_training_loses_to_the_fine_tune_it_is_said_that_experts_cannot_win(
+    interval: tuple[float, float], said: bool
+) -> None:
+    row = ComparisonRow("ttt-trunk", "fine-tuned", False, sum(interval) / 2, interval, 40, "")
+    sentence = out_of_reach(replace(_made(0.5), comparisons=(row,)))
+    assert (sentence is not None) == said
+    if sentence is not None:
+        assert sentence.startswith("ttt-trunk loses to the fine-tune too, by 3.5 %: ")
+    assert out_of_reach(replace(_made(0.5), comparisons=())) is None
