@@ -303,7 +303,7 @@ def drop_from_page_cache(experts: Experts, query: np.ndarray) -> None:
 
 def _ttmerge() -> Any:
     """Its one class; installed by itself, in a folder that nothing else looks into, when first needed."""
-    from localmoe.models import home
+    from localmoe.identity import home
 
     folder = home() / "benchmarks" / f"ttmerge-{TTMERGE}"
     if not (folder / "ttmerge").is_dir():

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from localmoe.errors import PromptError, UsageError
-from localmoe.models import Fingerprint, context_length, fingerprint, hub_errors, locate, quiet, remember
+from localmoe.identity import Fingerprint, fingerprint, remember
+from localmoe.models import context_length, hub_errors, locate, quiet
 
 STATIC = "static"
 """Name of the packaged static encoder, a table of token vectors that are averaged."""
@@ -124,7 +125,7 @@ def load_encoder(
 
 
 def encoder_mark(fingerprint: str) -> Fingerprint:
-    """The key under which this machine remembers where an encoder is (`models.remember`)."""
+    """The key under which this machine remembers where an encoder is (`identity.remember`)."""
     return Fingerprint("encoder", fingerprint)
 
 

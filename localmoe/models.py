@@ -1,26 +1,21 @@
-"""Base models: load one with its tokenizer, list the linears that experts change, and know it again by fingerprint.
+"""Base models: load one with its tokenizer, and list the linears that experts change.
 
 The one importer of transformers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,7 +23,7 @@ from torch import nn
 
 from localmoe import attention
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
-from localmoe.lora import dequantised
+from localmoe.identity import home
 from localmoe.packing import Passage, token_nll
 
 PACKAGED = {
@@ -46,20 +41,6 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _PACKING_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Two hashes that identify a base: of its architecture, and of a sample of its weights."""
-
-    architecture: str
-    weights: str
-
-
-def home() -> Path:
-    """Folder for what can be made again (converted models): $LOCALMOE_HOME, or the user's cache folder."""
-    chosen = os.environ.get("LOCALMOE_HOME")
-    return Path(chosen) if chosen is not None else Path(platformdirs.user_cache_dir("localmoe"))
 
 
 def compute_dtype(device: str | torch.device = "cpu") -> torch.dtype:
@@ -184,33 +165,6 @@ def _cannot_pack(model: Any, why: str) -> UsageError:
     )
 
 
-def fingerprint(model: Any) -> Fingerprint:
-    """Hashes of the architecture (configuration and shapes) and of sampled weights (specification, "Identity")."""
-    weights = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = dequantised(parameter.detach()).reshape(-1)
-        # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
-        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()
-        weights.update(name.encode() + sample.numpy().tobytes())
-    return Fingerprint(architecture(model), weights.hexdigest())
-
-
-def architecture(model: Any) -> str:
-    """Hash of configuration and shapes, whatever the weights are."""
-    config = model.config.to_dict()
-    for key in (
-        "_name_or_path",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "architectures",
-    ):
-        config.pop(key, None)
-    shapes = {name: list(parameter.shape) for name, parameter in sorted(model.named_parameters())}
-    return hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()
-
-
 def locate(name: str) -> str:
     """Where a model is: an existing folder, a packaged model's folder (converted once), or the hub id itself."""
     if _is_folder(name):
@@ -226,41 +180,12 @@ def locate(name: str) -> str:
     return name
 
 
-def remember(name: str, mark: Fingerprint) -> None:
-    """Note on this machine where a base was found, so that a bank (which holds no paths) finds it again.
-
-    Warns where the note cannot be written: everything goes on without it.
-    """
-    where = str(Path(name).resolve()) if Path(name).is_dir() else name
-    note = home() / "bases" / _key(mark)
-    partial = note.with_name(f".{note.name}.{os.getpid()}")
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(where, encoding="utf-8")
-        partial.replace(note)
-    except OSError as error:
-        warnings.warn(f"cannot note in {home()} where {name!r} is: {error.strerror}", stacklevel=2)
-
-
-def recall(mark: Fingerprint) -> str | None:
-    """Where `remember` last saw the base with this fingerprint, if it is still there."""
-    note = home() / "bases" / _key(mark)
-    if not note.is_file():
-        return None
-    where = note.read_text(encoding="utf-8")
-    return where if not Path(where).is_absolute() or Path(where).is_dir() else None
-
-
 def _is_folder(name: str) -> bool:
     return not _is_own_name(name) and Path(name).is_dir()
 
 
 def _is_own_name(name: str) -> bool:
     return name in PACKAGED and "/" not in name
-
-
-def _key(mark: Fingerprint) -> str:
-    return hashlib.sha256(f"{mark.architecture}{mark.weights}".encode()).hexdigest()[:32]
 
 
 def _packaged(name: str) -> Path:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from localmoe import encoders, models
+from localmoe import encoders, identity, models
 from localmoe.encoders import Encoder, load_encoder
 from localmoe.errors import PromptError, TemporaryError, UsageError
 from localmoe.lora import attached
@@ -177,7 +177,7 @@ def test_a_folder_called_static_is_not_taken_for_the_encoder(
     assert load_encoder("static").dim == 8
     assert load_encoder("./static").dim == 32
     encoders.remember_encoder(load_encoder("static"))
-    assert models.recall(encoders.encoder_mark(load_encoder("static").fingerprint)) is None
+    assert identity.recall(encoders.encoder_mark(load_encoder("static").fingerprint)) is None
 
 
 def test_the_static_encoder_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

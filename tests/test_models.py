@@ -1,4 +1,4 @@
-"""Base models: what is loaded, which linears are targets, and what tells two bases apart."""
+"""Base models: what is loaded, and which linears are targets."""
 
 import shutil
 from pathlib import Path
@@ -11,17 +11,13 @@ from localmoe import attention, models
 from localmoe.errors import TemporaryError, UnknownNameError, UsageError
 from localmoe.lora import attached
 from localmoe.models import (
-    Fingerprint,
     compute_dtype,
     context_length,
-    fingerprint,
     load_model,
     load_tokenizer,
     locate,
     needs_transpose,
     packed,
-    recall,
-    remember,
     target_linears,
 )
 
@@ -65,28 +61,6 @@ def test_a_model_without_linears_is_refused() -> None:
     assert "Llama" in caught.value.remedy
 
 
-def test_the_fingerprint_knows_weights_from_architecture(tiny_base: Path) -> None:
-    model = load_model(str(tiny_base))
-    mark = fingerprint(model)
-    assert fingerprint(load_model(str(tiny_base))) == mark
-    other_weights = fingerprint(tiny.causal_model("llama", seed=1, **tiny.LLAMA))
-    assert other_weights.architecture == mark.architecture
-    assert other_weights.weights != mark.weights
-    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    assert fingerprint(tiny.causal_model("llama", **tiny.LLAMA, **theta)).architecture != mark.architecture
-    wider = fingerprint(tiny.causal_model("llama", **tiny.LLAMA | {"intermediate_size": 64}))
-    assert wider.architecture != mark.architecture
-
-
-def test_the_fingerprint_is_the_same_in_every_dtype_and_attention() -> None:
-    model = tiny.causal_model("llama", **tiny.LLAMA)
-    tiny.register_attention()
-    mark = fingerprint(model)
-    with packed(model):
-        assert fingerprint(model) == mark
-    assert fingerprint(model.bfloat16()) == mark
-
-
 def test_the_attention_is_put_back_even_after_an_exception() -> None:
     model = tiny.base("llama")
     before = model.config._attn_implementation
@@ -123,27 +97,6 @@ def test_without_a_network_a_hub_id_is_a_temporary_error() -> None:
 def test_a_hub_id_is_left_as_it_is_and_a_folder_too(tiny_base: Path) -> None:
     assert locate("owner/name") == "owner/name"
     assert locate(str(tiny_base)) == str(tiny_base)
-
-
-def test_a_base_is_found_again_where_it_was_last_seen(tiny_base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_base, folder)
-    mark = fingerprint(tiny.causal_model("llama", seed=5, **tiny.LLAMA))
-    assert recall(mark) is None
-    remember(str(folder), mark)
-    assert recall(mark) == str(folder)
-    shutil.rmtree(folder)
-    assert recall(mark) is None
-
-
-def test_a_home_that_cannot_be_written_costs_the_note_alone(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot note in"):
-        remember(str(tiny_base), Fingerprint("no", "home"))
-    assert recall(Fingerprint("no", "home")) is None
 
 
 def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

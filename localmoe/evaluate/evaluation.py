@@ -25,7 +25,8 @@ from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
 from localmoe.evaluate.statistics import compare, perplexity
 from localmoe.evaluate.verdicts import verdict
-from localmoe.models import context_length, fingerprint
+from localmoe.identity import fingerprint
+from localmoe.models import context_length
 from localmoe.runtime.engine import Engine
 from localmoe.train.work import Work
 

@@ -37,8 +37,8 @@ from localmoe.config import LmEvalConfig, as_dict, default_of
 from localmoe.errors import LocalMoEError, TemporaryError, UnknownNameError, UsageError
 from localmoe.evaluate.local_tasks import Task, TaskGroup
 from localmoe.evaluate.questions import Questions
+from localmoe.identity import fingerprint
 from localmoe.lora import attached
-from localmoe.models import fingerprint
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
 from localmoe.runtime.router import route_config

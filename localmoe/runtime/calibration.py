@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from localmoe.identity import architecture
 from localmoe.lora import LowRank
-from localmoe.models import architecture, context_length
+from localmoe.models import context_length
 from localmoe.runtime.execution.beside import Beside
 from localmoe.runtime.execution.choice import Choice, Planner, Work
 from localmoe.runtime.execution.dense import DenseBuffer

@@ -17,16 +17,8 @@ from localmoe.bank.store import Bank
 from localmoe.config import ExecutionConfig, GenerateConfig, RouteConfig, as_dict
 from localmoe.encoders import Encoder
 from localmoe.errors import BankError, PromptError, UsageError
-from localmoe.models import (
-    Fingerprint,
-    context_length,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    packed,
-    recall,
-    remember,
-)
+from localmoe.identity import Fingerprint, fingerprint, recall, remember
+from localmoe.models import context_length, load_model, load_tokenizer, packed
 from localmoe.packing import Passage, token_nll
 from localmoe.quantisation import quantise
 from localmoe.routing import Mix

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from localmoe.errors import UsageError
-from localmoe.models import home
+from localmoe.identity import home
 from localmoe.runtime.execution.choice import Choice, Way, Work
 from localmoe.runtime.execution.kernels import level
 

@@ -15,7 +15,8 @@ from localmoe.bank.store import Bank
 from localmoe.config import RouteConfig
 from localmoe.encoders import BASE, Encoder, encoder_mark, load_encoder, remember_encoder
 from localmoe.errors import BankError, ConfigError, PromptError
-from localmoe.models import Fingerprint, load_model, load_tokenizer, recall
+from localmoe.identity import Fingerprint, recall
+from localmoe.models import load_model, load_tokenizer
 from localmoe.routing import ON_MEANS, WITHOUT_BETA, Centroids, Mix, beta_scores, find_beta, route
 
 Conversation = Sequence[dict[str, str]]

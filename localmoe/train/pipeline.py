@@ -27,7 +27,7 @@ from localmoe.bank.store import Bank
 from localmoe.config import BuildConfig, as_dict
 from localmoe.encoders import Encoder, load_encoder, remember_encoder
 from localmoe.errors import TemporaryError, UsageError
-from localmoe.models import fingerprint, remember
+from localmoe.identity import fingerprint, remember
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
 from localmoe.train.checks import AT_MOST

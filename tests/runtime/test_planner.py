@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from localmoe.errors import UsageError
-from localmoe.models import home
+from localmoe.identity import home
 from localmoe.runtime.execution.choice import Choice, Work
 from localmoe.runtime.planner import (
     CalibratedPlanner,

@@ -19,7 +19,8 @@ from localmoe.evaluate.leaks import duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import Results
 from localmoe.evaluate.statistics import compare, perplexity
-from localmoe.models import context_length, fingerprint, packed
+from localmoe.identity import fingerprint
+from localmoe.models import context_length, packed
 from localmoe.packing import Passage, token_nll
 from localmoe.routing import Mix, find_beta, route, similarities
 from localmoe.runtime.engine import Engine, base_mix
