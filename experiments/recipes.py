@@ -269,12 +269,13 @@ def measure(
     }
 
 
-def main() -> None:
+def asked() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("model")
     parser.add_argument("encoder")
-    parser.add_argument("settings", nargs="+")
+    parser.add_argument("settings", nargs="+", type=setting_of)
     parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("--prefix", type=int, default=50)
     parser.add_argument("--length", type=int, default=256)
@@ -282,50 +283,61 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", help="the fine-tune's; none: each setting's own")
     parser.add_argument("--test-time", nargs=3, help="test documents, neighbours and rate, from the first trunk")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    started = time.perf_counter()
-    lab = prepare(options.corpus, options.model, options.encoder, options.documents, options.prefix, options.length)
+    return parser.parse_args()
+
+
+def setting_of(text: str) -> Setting:
+    """`rank=16,clusters=8` as a setting."""
     kinds = {field.name: type(field.default) for field in fields(Setting)}
-    pairs = [dict(pair.split("=") for pair in text.split(",") if pair) for text in options.settings]
-    settings = [Setting(**{name: kinds[name](value) for name, value in one.items()}) for one in pairs]
-    tuned = [tuned_of(setting, options.rates, options.batches) for setting in settings]
-    print(f"prepared after {time.perf_counter() - started:.0f} s", flush=True)
-    known = on_all(lab, [*map(trunk_of, settings), *(one for each in tuned for one in each)])
+    pairs = dict(pair.split("=") for pair in text.split(",") if pair)
+    return Setting(**{name: kinds[name](value) for name, value in pairs.items()})
+
+
+def tell(one: dict[str, Any]) -> None:
+    """One setting's results."""
+    best = one["fine_tuned_as"]
+    print(f"{one['setting']}: trunk {one['trunk']:.3f}, fine-tuned {one['fine_tuned']:.3f} as {best}")
+    for row in one["merged"]:
+        gain = row["gain"]
+        shares = f"{gain['gain']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}]"
+        print(f"  β {row['beta']!s:<5} {row['active']:4.1f} active  {row['perplexity']:.3f}  {shares}")
+
+
+def tell_test_time(lab: Laboratory, options: argparse.Namespace, trunk: Adapter, nll: list[float]) -> None:
+    """What test-time training from a trunk gains over it."""
+    count, neighbours, rate = int(options.test_time[0]), int(options.test_time[1]), float(options.test_time[2])
+    counts = [passage.predicted for passage in lab.test[:count]]
+    gain = compare(test_time(lab, trunk, count, neighbours, rate), nll[:count], counts)
+    print(f"test-time training from the first trunk: {gain.gain:+.2%} [{gain.low:+.2%}, {gain.high:+.2%}] over it")
+
+
+def main() -> None:
+    options, started = asked(), time.perf_counter()
+
+    def clock(what: str) -> None:
+        print(f"{what} after {time.perf_counter() - started:.0f} s", flush=True)
+
+    lab = prepare(options.corpus, options.model, options.encoder, options.documents, options.prefix, options.length)
+    tuned = {setting: tuned_of(setting, options.rates, options.batches) for setting in options.settings}
+    clock("prepared")
+    known = on_all(lab, [*map(trunk_of, tuned), *(one for each in tuned.values() for one in each)])
     nll = {one: score(lab, [adapter]) for one, adapter in known.items()}
-    counts = [passage.predicted for passage in lab.test]
-    print(f"{len(known)} adapters on all documents after {time.perf_counter() - started:.0f} s", flush=True)
     for one, values in nll.items():
-        print(f"  {one}: {perplexity(values, counts):.3f}", flush=True)
-    if options.test_time is not None:
-        count, neighbours, rate = (
-            kind(value) for kind, value in zip((int, int, float), options.test_time, strict=True)
-        )
-        trunk = trunk_of(settings[0])
-        mine = test_time(lab, known[trunk], count, neighbours, rate)
-        gain = compare(mine, nll[trunk][:count], counts[:count])
-        print(f"test-time training from {trunk}: {gain.gain:+.2%} [{gain.low:+.2%}, {gain.high:+.2%}] over it")
-        print(f"  after {time.perf_counter() - started:.0f} s", flush=True)
-    made = experts_of(lab, [setting for setting in settings if trunk_of(setting) in known], known)
-    print(f"experts after {time.perf_counter() - started:.0f} s", flush=True)
-    results: list[dict[str, Any]] = []
-    for text, setting, ones in zip(options.settings, settings, tuned, strict=True):
-        if trunk_of(setting) not in known:
-            print(f"{text}: the trunk diverged")
-            continue
-        one = measure(lab, setting, ones, nll, *made.pop(0))
-        results.append(one)
-        best = one["fine_tuned_as"]
-        print(
-            f"{text}: trunk {one['trunk']:.3f}, fine-tuned {one['fine_tuned']:.3f} at {best['rate']}, {best['batch']} "
-            f"passages a step; {time.perf_counter() - started:.0f} s"
-        )
-        for row in one["merged"]:
-            gain = row["gain"]
-            print(
-                f"  β {row['beta']!s:<5} {row['active']:4.1f} active  {row['perplexity']:.3f}  "
-                f"{gain['gain']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}]",
-                flush=True,
-            )
+        print(f"  {one}: {perplexity(values, [passage.predicted for passage in lab.test]):.3f}")
+    clock(f"{len(known)} adapters on all documents")
+    trained = [setting for setting in tuned if trunk_of(setting) in known]
+    for setting in tuned.keys() - trained:
+        print(f"{setting}: the trunk diverged")
+    if options.test_time is not None and trained:
+        tell_test_time(lab, options, known[trunk_of(trained[0])], nll[trunk_of(trained[0])])
+        clock("test-time training")
+    made = experts_of(lab, trained, known)
+    clock("experts")
+    results = []
+    for setting, (centroids, experts) in zip(trained, made, strict=True):
+        results.append(measure(lab, setting, tuned[setting], nll, centroids, experts))
+        tell(results[-1])
+        clock("measured")
         if options.json is not None:
             options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
