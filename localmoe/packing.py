@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CHUNK = {"cpu": 256, "cuda": 4096}  # rows of logits alive at once: [256, 49,152 words] in fp32 are 50 MB
+_CPU_ROWS = 256  # of logits alive at once: in fp32 for 49,152 words 50 MB
+_GPU_LOGITS = 2**28  # alive at once: 1 GB in fp32
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def token_nll(model: Any, passages: Sequence[Passage]) -> list[Tensor]:
     packed = pack(passages, model.device)
     head = model.get_output_embeddings()
     hidden = _hidden(model, packed.ids, packed.positions, packed.lengths)[packed.rows]
-    chunk = _CHUNK.get(hidden.device.type, 256)
+    chunk = _chunk(head.weight)
     nll = torch.cat(
         [
             _log_probabilities(rows, head).gather(1, targets[:, None])[:, 0].neg()
@@ -111,6 +112,11 @@ def _hidden(model: Any, ids: Tensor, positions: Tensor, lengths: list[int]) -> T
         input_ids=ids, position_ids=positions, cu_seq_lens_q=lengths, use_cache=False
     ).last_hidden_state
     return states[0]
+
+
+def _chunk(weight: Tensor) -> int:
+    """Rows whose logits are alive at once; weight: the head's, [vocabulary, d]."""
+    return _CPU_ROWS if weight.device.type == "cpu" else max(_CPU_ROWS, _GPU_LOGITS // weight.shape[0])
 
 
 def _log_probabilities(hidden: Tensor, head: nn.Linear) -> Tensor:
@@ -133,7 +139,7 @@ class _HeadLoss(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if train_weight else None
         of_bias = torch.zeros_like(bias) if bias is not None and train_bias else None
         nll = torch.empty(len(hidden), device=hidden.device)
-        chunk = _CHUNK.get(hidden.device.type, 256)
+        chunk = _chunk(weight)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(hidden[part], weight, bias)

@@ -20,6 +20,7 @@ from localmoe.models import check_packing, load_model, load_tokenizer, needs_tra
 from localmoe.packing import Passage
 from localmoe.train.checks import Nll, document_nll, outcome
 from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of
+from localmoe.train.together import captured
 from localmoe.train.training import fresh_adapter, train_all
 from localmoe.train.work import Work
 
@@ -98,7 +99,7 @@ def run_all(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> I
 
 def wave_size(model: Any) -> int:
     """How many experts are trained before they are kept: on a CPU each is, since they take turns there."""
-    return WAVE if model.device.type == "cuda" else 1
+    return WAVE if captured(model) else 1
 
 
 def rehearse(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> list[dict[int, Nll]]:

@@ -44,9 +44,15 @@ class _Course:
         return len(self.losses) == len(self.batches)
 
 
+def captured(model: Any) -> bool:
+    """Whether trainings run in places and their steps as CUDA graphs: if the whole base is on one GPU."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) == 1 and devices.pop().type == "cuda"
+
+
 def places_for(model: Any, jobs: Sequence[Job]) -> int:
-    """How many of these trainings are worth running at once: one on a CPU, on a GPU as many as fill it."""
-    if model.device.type != "cuda" or not jobs:
+    """How many of these trainings are worth running at once: one on a CPU or on several GPUs, else what fills it."""
+    if not captured(model) or not jobs:
         return 1
     free, _ = torch.cuda.mem_get_info(model.device)
     parameters = sum(update.A.numel() + update.B.numel() for update in jobs[0].start.values())

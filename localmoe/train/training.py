@@ -15,7 +15,7 @@ from localmoe.lora import Adapter, LowRank, attached, weight_of
 from localmoe.models import packed, target_linears
 from localmoe.packing import Passage, loss, pack
 from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of, schedule, trained
-from localmoe.train.together import places_for, train_together
+from localmoe.train.together import captured, places_for, train_together
 
 
 def fresh_adapter(model: Any, config: TrainConfig, seed: int) -> Adapter:
@@ -67,7 +67,7 @@ def train(
     On a GPU the steps are captured (`train_together`). Raises DivergedError as soon as a loss or a factor is not
     finite.
     """
-    if model.device.type == "cuda":
+    if captured(model):
         job = Job(passages, start, config, learning_rate, seed, tokens, floor, read)
         (found,) = train_together(model, [job], 1, freeze_A, progress)
         if isinstance(found, DivergedError):
