@@ -26,7 +26,7 @@ Phase = Literal["base prefill", "base step", "beside prefill", "beside step", "w
 
 PHASES: tuple[Phase, ...] = ("base prefill", "base step", "beside prefill", "beside step", "write")
 
-_FORMAT = 2  # of a calibration on disk
+_FORMAT = 3  # of a calibration on disk
 _SMALLEST = 1e-6  # seconds; what is measured to take less takes this long
 _SHARED_READ = 0.5  # of a rank whose A is shared only B is read
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from localmoe.errors import BankError, UsageError
 from localmoe.lora import weight_of
-from localmoe.runtime.execution.kernels import lay, located
+from localmoe.runtime.execution import kernels
+from localmoe.runtime.execution.kernels import lay, located, merge
 from localmoe.runtime.execution.layout import Block, Layout, Target
 from localmoe.runtime.execution.replay import Graphs, Stage
 from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
@@ -42,6 +43,7 @@ class DenseBuffer:
         self._workspaces = Workspace(layout, whole=False), Workspace(layout, whole=False)
         self._stage = Stage(layout)
         self._level = level_for(layout)
+        self._tiles = kernels.Buffer()
         self._gathered: dict[int, _Gathered] = {}
         self._both = torch.empty(0)
         self._views: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
@@ -52,11 +54,12 @@ class DenseBuffer:
     def bytes(self) -> int:
         """Memory held, the workspace included."""
         held = sum(workspace.bytes for workspace in self._workspaces) + self._both.nbytes + self._stage.memory.nbytes
+        held += self._tiles.bytes
         return held + sum(buffer.nbytes for buffer in self._buffers.values())
 
     @torch.no_grad()
     def write(self, active: Active, key: object = None) -> None:
-        """Merges one mix into the buffer, layer by layer: one `addmm` a weight; nothing to do if `key` is held.
+        """Merges one mix into the buffer: by tiles, or one `addmm` a weight; nothing to do if `key` is held.
 
         w_k goes into Bt, in fp32 arithmetic, rounded once to the dtype of the base. Raises UsageError for weights that
         are offloaded, quantised or spread over devices.
@@ -64,7 +67,9 @@ class DenseBuffer:
         if key is not None and key == self.held:
             return
         self.held = None  # until it is whole
-        if self._level > 0 and active.shared is None:
+        if self._by_tiles and active.shared is None:
+            self._write_tiles(active)
+        elif self._level > 0 and active.shared is None:
             self._write_laid(active)
         elif self._side is not None:
             self._write_on_gpu(active, self._side)
@@ -76,6 +81,11 @@ class DenseBuffer:
                     else:
                         self._keep(target)
         self.held = key
+
+    @cached_property
+    def _by_tiles(self) -> bool:
+        """Whether `kernels.merge` takes these weights; it is faster than `addmm` whatever the ranks."""
+        return self._level == 2 and all(_suits_tiles(target.module) for target in self._layout.targets)
 
     @cached_property
     def _side(self) -> torch.cuda.Stream | None:
@@ -139,6 +149,24 @@ class DenseBuffer:
         if pieces and not weighted:  # a launch or two on a GPU
             torch._foreach_mul_(pieces, active.scalars * len(block.targets))
         return products
+
+    def _write_tiles(self, active: Active) -> None:
+        """The same by `kernels.merge`, all targets at once."""
+        A, Bt = active.addresses
+        counts = np.array([expert.ranks for expert in active.experts]).T  # [targets, N]
+        changed = counts.sum(axis=1) > 0
+        linears = []
+        for target, here in zip(self._layout.targets, changed, strict=True):
+            if not here:
+                self._keep(target)
+                continue
+            if target.name not in self._buffers:
+                self._target(target)
+            base, out = target.module._parameters["weight"], self._buffers[target.name]
+            linears.append((target.d_in, target.d_out, base.data_ptr(), out.data_ptr()))  # type: ignore[union-attr]
+        if linears:
+            factors = kernels.Factors(A[changed], Bt[changed], counts[changed])
+            merge(np.array(linears).T.copy(), factors, active.weights[0], self._tiles)
 
     def _write_laid(self, active: Active) -> None:
         """The same by `kernels.lay`, target by target, into memory that the nearest caches hold."""
@@ -249,6 +277,12 @@ def is_plain(module: nn.Module) -> bool:
     """Whether the weight of a linear is an ordinary floating-point matrix in memory."""
     weight = module._parameters["weight"]
     return type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point()
+
+
+def _suits_tiles(module: nn.Module) -> bool:
+    weight = module._parameters["weight"]
+    plain = isinstance(module, nn.Linear) and is_plain(module)
+    return plain and weight is not None and weight.dtype == torch.bfloat16 and weight.is_contiguous()
 
 
 def _products(block: Block, factors: Factors) -> list[Product]:

@@ -23,7 +23,7 @@ Level = Literal[0, 1, 2]
 
 NAMES: dict[Level, str] = {0: "none", 1: "AVX-512 BF16", 2: "AMX"}
 
-VERSION = 1
+VERSION = 2
 """Of the functions in kernels.c: a compiled file of another version is not used, nor one that holds none."""
 
 TOKENS: dict[Level, int] = {0: 0, 1: 48, 2: 384}
@@ -100,6 +100,28 @@ def lay(A: Located, Bt: Located, weights: Tensor, all_A: Tensor, all_B: Tensor) 
     _loaded().localmoe_lay(torch.get_num_threads(), *given, all_A.data_ptr(), all_B.data_ptr())
 
 
+def merge(linears: NDArray[np.int64], factors: Factors, weights: Tensor, buffer: Buffer) -> None:
+    """out = W0 + Σ_k w_k Bt_kᵀ A_k of every linear, summed in fp32 and rounded once, by AMX tiles.
+
+    linears [4, L]: d_in, d_out, and where W0 and out [d_out, d_in] bf16 begin, contiguous; weights [N] fp32, multiplied
+    into Bt as `lay` does.
+    """
+    threads, most = torch.get_num_threads(), int(factors.rows.sum(axis=1).max())
+    kept = linears, *(np.ascontiguousarray(part) for part in factors)
+    d_in, d_out, base, out = (address(row) for row in kept[0])
+    A, Bt, rows = (address(part) for part in kept[1:])
+    given = (threads, linears.shape[1], d_in, d_out, base, out, A, Bt, rows, factors.rows.shape[1])
+    _loaded().localmoe_merge(*given, weights.data_ptr(), most, buffer.of_merge(most))
+
+
+class Factors(NamedTuple):
+    """Of several linears and experts: where A and Bt begin, and how many rows they have, [L, N] int64 each."""
+
+    A: NDArray[np.int64]
+    Bt: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
 class Buffer:
     """Memory for what the products put aside; it grows and is used again."""
 
@@ -118,8 +140,15 @@ class Buffer:
         if key not in self._bytes:
             self._bytes = {} if len(self._bytes) > 1000 else self._bytes
             self._bytes[key] = _loaded().localmoe_bytes(*key)
-        if self._memory.nbytes < self._bytes[key]:
-            self._memory = torch.empty(self._bytes[key], dtype=torch.uint8, device="cpu")
+        return self._sized(self._bytes[key])
+
+    def of_merge(self, rows: int) -> int:
+        """Its address, large enough for `merge` of as many rows of all experts."""
+        return self._sized(_loaded().localmoe_merge_bytes(rows, torch.get_num_threads()))
+
+    def _sized(self, size: int) -> int:
+        if self._memory.nbytes < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory.data_ptr()
 
 
@@ -153,10 +182,13 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         "localmoe_bytes": number * 4,
         "localmoe_narrow": (*head, *address, *number, *address),
         "localmoe_widen": (*head, *address),
+        "localmoe_merge_bytes": number * 2,
+        "localmoe_merge": (*number * 2, *address * 7, *number, *address, *number, *address),
         "localmoe_lay": (*number, *address * 3, *number * 3, *address * 3),
         "localmoe_sum": (*number, *address * 2, *number * 2, *address),
     }
-    results = {"localmoe_level": ctypes.c_int, "localmoe_bytes": ctypes.c_int64}
+    sizes = dict.fromkeys(("localmoe_bytes", "localmoe_merge_bytes"), ctypes.c_int64)
+    results = {"localmoe_level": ctypes.c_int, **sizes}
     for name, types in arguments.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, results.get(name)

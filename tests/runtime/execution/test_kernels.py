@@ -17,6 +17,7 @@ from mixing import executor, mix, oracle
 from localmoe.lora import Adapter
 from localmoe.models import target_linears
 from localmoe.runtime.execution import dense, kernels
+from localmoe.runtime.execution.choice import Way
 from localmoe.runtime.execution.kernels import Buffer, Level, Located, address
 
 LEVELS: tuple[Level, ...] = (1, 2)
@@ -107,6 +108,74 @@ def test_laid_factors_are_the_formula(ranks: list[int], d: int, d_out: int, thre
     assert torch.equal(all_B, torch.cat(scaled).T)
 
 
+def _inside(values: torch.Tensor, gap: int) -> torch.Tensor:
+    """The same numbers in memory that begins after `gap` NaNs, and that NaNs follow."""
+    memory = torch.full((values.numel() + 2 * gap + 64,), torch.nan).bfloat16()
+    memory[gap : gap + values.numel()] = values.flatten()
+    return memory[gap : gap + values.numel()].view(values.shape)
+
+
+LINEARS = st.lists(st.tuples(RANKS, st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=4)
+
+
+@HERE
+@settings(max_examples=60, deadline=None)
+@example(linears=[([64, 64], 64, 128), ([16, 16, 16], 96, 32)], gap=32, threads=2)
+@example(linears=[([1], 1, 1), ([0, 0], 5, 7), ([0, 33], 33, 31)], gap=3, threads=2)
+@example(linears=[([200, 321, 0], 700, 40)], gap=0, threads=2)  # columns in two parts
+@example(linears=[([900, 250], 700, 65), ([30, 3], 31, 40)], gap=1, threads=3)  # in two passes, and in one
+@example(linears=[([8], 40, 1600), ([777], 40, 1600)], gap=5, threads=2)  # rows in two parts
+@given(LINEARS, st.integers(0, 40), st.integers(1, 3))
+def test_a_merge_by_tiles_is_the_formula_and_writes_nowhere_else(
+    linears: list[tuple[list[int], int, int]], gap: int, threads: int
+) -> None:
+    _here(2)
+    before, experts = torch.get_num_threads(), max(len(ranks) for ranks, _, _ in linears)
+    counts = [ranks + [0] * (experts - len(ranks)) for ranks, _, _ in linears]
+    weights = torch.randn(experts)
+    A = [[_inside(one, gap) for one in _factors(row, d, 6)] for row, (_, d, _) in zip(counts, linears, strict=True)]
+    Bt = [[_inside(one, gap) for one in _factors(row, o, 7)] for row, (_, _, o) in zip(counts, linears, strict=True)]
+    W = [_inside(torch.randn(d_out, d).bfloat16(), gap) for _, d, d_out in linears]
+    canaries = [torch.full((one.numel() + 2 * gap + 64,), 7.0).bfloat16() for one in W]
+    out = [memory[gap : gap + one.numel()].view(one.shape) for memory, one in zip(canaries, W, strict=True)]
+    try:
+        torch.set_num_threads(threads)
+        kernels.merge(_addresses(W, out), _merged(A, Bt, counts), weights, Buffer())
+    finally:
+        torch.set_num_threads(before)
+    for found, one, A_l, Bt_l, memory in zip(out, W, A, Bt, canaries, strict=True):
+        scaled = [(part.float() * weight).bfloat16().double() for part, weight in zip(Bt_l, weights, strict=True)]
+        expected = one.double() + sum(part.T @ A_k.double() for part, A_k in zip(scaled, A_l, strict=True))
+        size = sum(part.abs().T @ A_k.double().abs() for part, A_k in zip(scaled, A_l, strict=True)) + 1e-30
+        error = (found.double() - expected).abs()
+        assert bool((error <= 2**-8 * expected.abs() + 1e-6 * size).all())  # half a unit of bf16, and sums in fp32
+        assert bool((memory[:gap] == 7).all() and (memory[gap + one.numel() :] == 7).all())
+
+
+def _addresses(W: list[torch.Tensor], out: list[torch.Tensor]) -> Any:
+    """The linears as `kernels.merge` takes them."""
+    pairs = zip(W, out, strict=True)
+    return np.array([(one.shape[1], one.shape[0], one.data_ptr(), to.data_ptr()) for one, to in pairs]).T.copy()
+
+
+def _merged(A: list[list[torch.Tensor]], Bt: list[list[torch.Tensor]], counts: list[list[int]]) -> kernels.Factors:
+    where = [np.array([[one.data_ptr() for one in row] for row in factor]) for factor in (A, Bt)]
+    return kernels.Factors(*where, np.array(counts))
+
+
+@HERE
+def test_a_merge_by_tiles_keeps_infinities_and_nan_in_their_places() -> None:
+    _here(2)
+    W, A, Bt = torch.randn(40, 40).bfloat16(), torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
+    W[3, 4], A[0, 7] = torch.nan, torch.inf
+    out = torch.empty_like(W)
+    kernels.merge(_addresses([W], [out]), _merged([[A, A]], [[Bt, Bt]], [[3, 3]]), torch.ones(2), Buffer())  # one twice
+    expected = W.float() + 2 * Bt.float().T @ A.float()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-6, equal_nan=True)
+
+
 @HERE
 @given(st.integers(1, 5), st.integers(1, 5000))
 def test_the_sum_is_the_formula_rounded_once(parts: int, count: int) -> None:
@@ -147,18 +216,61 @@ def test_a_base_gives_the_logits_of_gathered_factors(
 
 
 @HERE
-def test_a_dense_merge_is_the_same_as_from_gathered_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_dense_merge_is_as_exact_as_from_gathered_factors(
+    level: Level, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _here(level)
     model, adapters = _wide()
+    if name == "gpt2":
+        model = tiny.causal_model("gpt2").bfloat16()
+        adapters = {key: tiny.random_adapter(model, seed, 4) for key, seed in (("a", 1), ("c", 3))}
     adapters["b"] = tiny.random_adapter(model, 2, 7)
-    ids, found, calls = tiny.passages(9)[0].tokens[None], [], []
-    monkeypatch.setattr(dense, "lay", _counted(dense.lay, calls))
-    for at in (kernels.level(), 0):
+    chosen, ids = mix(a=0.7, b=-0.4, c=1.1), tiny.passages(9)[0].tokens[None]
+    exact, errors, laid, merged = oracle(model, adapters, chosen, ids), [], [], []
+    monkeypatch.setattr(dense, "lay", _counted(dense.lay, laid))
+    monkeypatch.setattr(dense, "merge", _counted(dense.merge, merged))
+    for at in (level, 0):
         monkeypatch.setattr(kernels, "level", lambda at=at: at)
         run = executor(model, adapters)
-        with torch.inference_mode(), run.attached(run.load([mix(a=0.7, b=-0.4, c=1.1)]), "dense"):
-            found.append(model(ids).logits)
-    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.05)  # B is laid out otherwise, so sums differ
-    assert len(calls) == len(adapters["a"])
+        with torch.inference_mode(), run.attached(run.load([chosen]), "dense"):
+            errors.append((model(ids).logits.double() - exact).abs().mean())
+    assert errors[0] < 1.2 * errors[1]
+    by_tiles = level == 2 and name == "llama"  # GPT-2 keeps its weights transposed
+    assert (len(laid), len(merged)) == ((0, 1) if by_tiles else (len(adapters["a"]), 0))
+
+
+@HERE
+def test_a_merge_by_tiles_leaves_weights_that_it_cannot_take_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    _here(2)
+    model, adapters = _wide()
+    one = next(iter(target_linears(model).values()))
+    one.weight.data = one.weight.data.T.contiguous().T  # column by column
+    merged: list[Any] = []
+    monkeypatch.setattr(dense, "merge", _counted(dense.merge, merged))
+    run, chosen, ids = executor(model, adapters), mix(a=0.7, b=-0.4), tiny.passages(9)[0].tokens[None]
+    exact = oracle(model, adapters, chosen, ids)
+    with torch.inference_mode(), run.attached(run.load([chosen]), "dense"):
+        error = (model(ids).logits.double() - exact).abs().mean()
+    assert error < 0.05
+    assert not merged
+
+
+@HERE
+def test_a_buffer_is_written_anew_for_targets_that_the_next_mix_does_not_change() -> None:
+    model, adapters = _wide()
+    fewer = {name: update for name, update in adapters["b"].items() if not name.endswith("up_proj")}
+    run, ids = executor(model, {"a": adapters["a"], "b": fewer}), tiny.passages(9)[0].tokens[None]
+    alone = executor(model, {"b": fewer})
+    with torch.inference_mode():
+        with run.attached(run.load([mix(a=3.0)]), "dense"):
+            first = model(ids).logits
+        with run.attached(run.load([mix(b=1.0)]), "dense"):
+            second = model(ids).logits
+        with alone.attached(alone.load([mix(b=1.0)]), "dense"):
+            assert torch.equal(second, model(ids).logits)
+    assert not torch.equal(first, second)
 
 
 def _counted(function: Any, calls: list[Level]) -> Any:
@@ -206,9 +318,10 @@ def test_a_file_of_another_version_or_that_holds_nothing_is_not_used(
 
 @HERE
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("way", ["stacked", "dense"])
 @pytest.mark.parametrize("missing", ["q_proj", "gate_proj", "down_proj"])
 def test_targets_that_no_expert_changes_are_left_out(
-    level: Level, missing: str, monkeypatch: pytest.MonkeyPatch
+    level: Level, way: Way, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _here(level)
     model, adapters = _wide()
@@ -225,7 +338,7 @@ def test_targets_that_no_expert_changes_are_left_out(
     for at in (level, 0):
         monkeypatch.setattr(kernels, "level", lambda at=at: at)
         run = executor(model, fewer)
-        with torch.inference_mode(), run.attached(run.load([chosen]), "stacked"):
+        with torch.inference_mode(), run.attached(run.load([chosen]), way):
             errors.append((model(ids).logits.double() - exact(ids).logits).abs().mean())
     assert errors[0] < 1.2 * errors[1]
 
