@@ -30,6 +30,10 @@ from localmoe.runtime.planner import (
 )
 
 RANKS = (32, 256)
+MERGED, MERGED_BYTES = 512, 2**30
+"""A merge is measured at this rank too, unless its factors take more memory: past some rank products bound it."""
+OF_ONE = 64
+"""Rank of a made-up expert, at most."""
 PROMPTS = (8, 128)
 SLOW_PROMPTS = (8, 32)
 """For a base that takes more than `SLOW` seconds for the shortest prompt."""
@@ -88,6 +92,9 @@ def measure(executor: Executor) -> Iterator[Point]:
             yield Point("base step", rows, 0, 0, clock.steps(model, rows))
         for rank in RANKS:
             yield from _with_factors(model, layout, rank, prompts, clock, executor.plain)
+        values = sum(target.d_in + target.d_out for target in layout.targets)
+        if executor.plain and MERGED * values * layout.dtype.itemsize <= MERGED_BYTES:
+            yield _write(layout, _made_up(layout, MERGED), MERGED, clock)
 
 
 def _with_factors(
@@ -100,8 +107,12 @@ def _with_factors(
         with beside.attached(active, stay=True):
             yield Point("beside step", rows, rank, rank, clock.steps(model, rows))
     if plain:
-        buffer = DenseBuffer(layout)
-        yield Point("write", 0, rank, rank, clock.seconds(lambda: buffer.write(active)))
+        yield _write(layout, active, rank, clock)
+
+
+def _write(layout: Layout, active: Active, rank: int, clock: _Clock) -> Point:
+    buffer = DenseBuffer(layout)
+    return Point("write", 0, rank, rank, clock.seconds(lambda: buffer.write(active)))
 
 
 def _gathered(model: Any, beside: Beside, active: Active, tokens: int) -> Callable[[], Any]:
@@ -113,14 +124,16 @@ def _gathered(model: Any, beside: Beside, active: Active, tokens: int) -> Callab
 
 
 def _made_up(layout: Layout, rank: int) -> Active:
-    """One expert whose factors are small numbers."""
+    """Experts of `rank` in all, none above `OF_ONE`, whose factors are small numbers, each in memory of its own."""
+    count = -(-rank // OF_ONE)
+    one = rank // count
     adapter = {
         target.name: LowRank(
-            torch.full((rank, target.d_in), 1e-3), torch.full((target.d_out, rank), 1e-3), torch.ones(rank)
+            torch.full((one, target.d_in), 1e-3), torch.full((target.d_out, one), 1e-3), torch.ones(one)
         )
         for target in layout.targets
     }
-    return Active((moved(pack(adapter, layout), layout),), torch.ones(1, 1))
+    return Active(tuple(moved(pack(adapter, layout), layout) for _ in range(count)), torch.ones(1, count))
 
 
 def _forward(model: Any, rows: int, tokens: int, cache: Any = None) -> Any:
