@@ -35,9 +35,10 @@ for part in $parts; do
             "$work/laboratory/corpus.jsonl:text" "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
         measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
     wikipedia-laboratory)
-        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 64 --sample-tokens 1000000 \
+        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 \
+            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 \
             --learning-rate 6e-3 --set train.trunk_epochs=0.5 --epochs 0.5 --set train.expert_rate=2 \
-            --try-active 3 --try-active 10 --try-active 22 -- "${tuned[@]}" ;;
+            --try-active 10 --try-active 22 --try-active 40 -- "${tuned[@]}" ;;
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
             --sample-tokens 400000 --learning-rate 8e-3 --set train.batch=1 -- "${tuned[@]}" --set 'fine_tune.batches=[4]' ;;
