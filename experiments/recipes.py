@@ -197,7 +197,6 @@ def experts_of(
             groups = [[passage for passage in group if id(passage) not in seen] or group for group in groups]
         made = [job(group, trunk, one, k + 1, setting.expert_warmup) for k, group in enumerate(groups)]
         jobs.append([replace(it, tokens=tokens) for it, tokens in zip(made, asked, strict=True)])
-    found: list[tuple[np.ndarray, list[Adapter]]] = []
     trained: dict[int, list[Adapter]] = {}
     for rank in {setting.rank for setting in settings}:
         places = [place for place, setting in enumerate(settings) if setting.rank == rank]
@@ -205,9 +204,7 @@ def experts_of(
         for place in places:
             results = [(one.start, next(flat)) for one in jobs[place]]
             trained[place] = [it.adapter if isinstance(it, Trained) else trunk for trunk, it in results]
-    for place, setting in enumerate(settings):
-        found.append((clusters[setting.clusters][0], trained[place]))
-    return found
+    return [(clusters[setting.clusters][0], trained[place]) for place, setting in enumerate(settings)]
 
 
 def test_time(lab: Laboratory, start: Adapter, count: int, neighbours: int, rate: float) -> list[float]:
@@ -217,7 +214,7 @@ def test_time(lab: Laboratory, start: Adapter, count: int, neighbours: int, rate
     one = Whole(rank, 1, rate, 1.0, 1.0)
     jobs = [job([lab.train[row] for row in rows], start, one, 0, warmup=0.0) for rows in nearest.tolist()]
     adapters = [it.adapter if isinstance(it, Trained) else start for it in train_all(lab.model, jobs)]
-    return score(lab, adapters, torch.eye(count))
+    return score(lab, adapters, torch.eye(len(jobs)))
 
 
 def tuned_of(setting: Setting, rates: list[float] | None, batches: list[int] | None) -> list[Whole]:
@@ -243,7 +240,7 @@ def measure(
     centroids: np.ndarray,
     experts: list[Adapter],
 ) -> dict[str, Any]:
-    """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""  # fmt: skip
+    """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""
     counts = [passage.predicted for passage in lab.test]
     nll = {one: it for one, it in nll.items() if one in tuned or one == trunk_of(setting)}
     trunk = nll.pop(trunk_of(setting))

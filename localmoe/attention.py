@@ -64,7 +64,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int 
     """Passages of one length [count, heads, n, d] by PyTorch's own kernel."""
     length = query.shape[2]
     whole = window is None or length <= window
-    mask = None if whole else _mask(0, length, 0, 1, window, query.dtype).to(query.device)
+    mask = None if whole else _mask(0, length, 0, 1, window, query.dtype, query.device)
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=whole, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -132,12 +132,18 @@ def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor, 
     for start in range(0, length, _BLOCK):
         stop = min(start + _BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
-        yield slice(start, stop), _mask(start, stop, first, groups, window, query.dtype), slice(first, stop)
+        yield (
+            slice(start, stop),
+            _mask(start, stop, first, groups, window, query.dtype, query.device),
+            slice(first, stop),
+        )
 
 
 @lru_cache(maxsize=64)
-def _mask(start: int, stop: int, first: int, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def _mask(
+    start: int, stop: int, first: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """0 where query i in [start, stop) sees key j in [first, stop): i − window < j ≤ i; else −∞. [1, g·m, keys]."""
     distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
     seen = (distance >= 0) & (distance < (stop if window is None else window))
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf")).repeat(groups, 1)[None]
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf")).repeat(groups, 1)[None].to(device)

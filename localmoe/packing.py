@@ -1,8 +1,8 @@
 """Passages packed into one row: the forward pass that keeps them apart, and the loss where there is a label.
 
-Nothing is padded and no mask is built: attention runs passage by passage (`localmoe.attention`, which
-`models.load_model` gives to transformers), everything else on all tokens at once; and only tokens with a label
-reach the vocabulary projection, which is among the largest costs on a CPU.
+Attention runs passage by passage (`localmoe.attention`, which `models.load_model` gives to transformers), everything
+else on all tokens at once. Nothing is padded, and only tokens with a label reach the vocabulary projection, which is
+among the largest costs on a CPU; but for `weighted_loss`, which takes passages of one length for a GPU.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from localmoe.errors import LocalMoEError
 from localmoe.lora import Adapter
 from localmoe.packing import Passage
 
+ORDER = 2
+"""Part of a build's key: one more whenever equal inputs train to other bytes."""
+
 Progress = Callable[[int], None]
 """Called after every step with the number of label tokens it used."""
 

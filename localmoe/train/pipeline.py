@@ -34,6 +34,7 @@ from localmoe.train.checks import AT_MOST
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
+from localmoe.train.course import ORDER
 from localmoe.train.documents import Document
 from localmoe.train.experts import AdapterResult, AdapterTask, Map
 from localmoe.train.groundwork import TRUNK, Groundwork, check_settings, checked_on, name_in_bank
@@ -214,18 +215,22 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
 
 def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, watch: Watch) -> list[AdapterResult]:
     tasks = [ground.expert_task(k, start) for k in range(len(ground.expert_ids))]
-    finished = sum(ground.work.has(training.result_file(task.name)) for task in tasks)
+    finished = [task for task in tasks if ground.work.has(training.result_file(task.name))]
     total = sum(ground.tokens(task.train_rows, task.epochs) for task in tasks)
     if finished:
-        watch(Event("experts", 0, total, f"going on: {finished} of {len(tasks)} experts are done"))
+        watch(Event("experts", 0, total, f"going on: {len(finished)} of {len(tasks)} experts are done"))
     progress = _TokenProgress("experts", total, watch)
+    many = training.wave_size(training.workplace(ground.config.base, ground.config.revision)[0]) > 1
+    if many:
+        progress.reset(sum(ground.tokens(task.train_rows, task.epochs) for task in finished))
     run = training.run_all(tasks, progress) if map is builtins.map else map(training.run, tasks)
     results, done = [], 0
     for task, result in zip(tasks, run, strict=True):
         done += ground.tokens(task.train_rows, task.epochs)
-        watch(Event("experts", done, total, _outcome_note(task.name, result.outcome, "where it started")))
+        shown = max(done, progress.done) if many else done  # all of a wave have trained before the first is told
+        watch(Event("experts", shown, total, _outcome_note(task.name, result.outcome, "where it started")))
         results.append(result)
-        progress.reset(done)
+        progress.reset(shown)
     return results
 
 
@@ -239,15 +244,15 @@ class _TokenProgress:
     """Progress of training in tokens, as events."""
 
     def __init__(self, stage: Stage, total: int, watch: Watch) -> None:
-        self._stage, self._total, self._watch, self._done = stage, total, watch, 0
+        self._stage, self._total, self._watch, self.done = stage, total, watch, 0
 
     def __call__(self, tokens: int) -> None:
-        self._done = min(self._total, self._done + tokens)
-        self._watch(Event(self._stage, self._done, self._total))
+        self.done = min(self._total, self.done + tokens)
+        self._watch(Event(self._stage, self.done, self._total))
 
     def reset(self, done: int) -> None:
         """What is finished for certain; a repeated or resumed training counted otherwise."""
-        self._done = done
+        self.done = done
 
 
 def _check_disk(path: Path, model: Any, config: BuildConfig, clusters: int) -> None:
@@ -289,6 +294,7 @@ def _versions(model: Any) -> dict[str, str]:
         "device": str(model.device.type),
         "dtype": str(model.dtype),
         "threads": str(torch.get_num_threads()),
+        "training": str(ORDER),
     }
 
 

@@ -5,6 +5,7 @@ Place e holds row e of every tensor. No place sees another, so that each adapter
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmoe.errors import UsageError
 from localmoe.lora import Adapter, LowRank, dequantised, weight_of
 from localmoe.packing import weighted_loss
 
@@ -78,22 +80,28 @@ class Places:
         self._factors, self._first, self._second = (zeros(torch.float32) for _ in range(3))
         self._applied, self._gradient = zeros(model.dtype), zeros(model.dtype)
         self._last: tuple[Adapter, Tensor] | None = None
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._turn = _Turn()
         self._seen: dict[tuple[int, ...], int] = {}
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._pool: Any = None
+        self._failed: torch.cuda.CUDAGraph | None = None
         self._scale = torch.ones(end, device=model.device)
         for name, update in self._like.items():
             self._scale[self._parts[name][1]] = update.c.expand(update.B.shape).reshape(-1)
 
     def load(self, place: int, start: Adapter) -> None:
-        """Put an adapter into a place, with an optimiser that has seen nothing. Raises ValueError for another c."""
+        """Put an adapter into a place, with an optimiser that has seen nothing.
+
+        Raises ValueError for another c than the places have, or with `freeze_A` another A.
+        """
         self._factors[place] = self._flat(start)
         self._first[place] = 0
         self._second[place] = 0
 
     def adapter(self, place: int, start: Adapter) -> Adapter:
         """The factors of a place as they are stored, bf16; an A that was not trained stays the very tensor it was."""
-        flat, found = self._factors[place].bfloat16(), {}
+        flat, found = self._factors[place].bfloat16().cpu(), {}  # many wait for their wave to end
         for name, (a, b) in self._parts.items():
             A = start[name].A if self._frozen else flat[a].view(start[name].A.shape)
             found[name] = LowRank(A, flat[b].view(start[name].B.shape), start[name].c)
@@ -105,6 +113,8 @@ class Places:
             for name, update in start.items():
                 if not torch.equal(update.c.to(self.model.device), self._like[name].c):
                     raise ValueError(f"{name}: adapters trained side by side must have one scale alpha / rank")
+                if self._frozen and update.A is not self._like[name].A:
+                    raise ValueError(f"{name}: adapters trained side by side must share an A that is not trained")
             parts = [factor for u in start.values() for factor in ([u.B] if self._frozen else [u.A, u.B])]
             self._last = start, torch.cat([part.to(self._factors).reshape(-1) for part in parts])
         return self._last[1]
@@ -112,12 +122,10 @@ class Places:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The model with the places' factors beside its weights; its modules are put back on exit."""
-        anchor = torch.zeros((), device=self.model.device, requires_grad=True)
         bases = {name: self.model.get_submodule(name) for name in self._like}
         try:
             for name, base in bases.items():
-                self.model.set_submodule(name, self._beside(name, base, anchor))
-            self._anchor = anchor
+                self.model.set_submodule(name, self._beside(name, base))
             yield
         finally:
             for name, base in bases.items():
@@ -127,31 +135,50 @@ class Places:
         """One step of AdamW in every place, gradients clipped place by place; the mean loss of each [places].
 
         On a GPU a step is captured as a graph: launching its thousands of small kernels takes longer than running them.
+        Raises UsageError for a base that runs a linear twice, or on other tokens than were put in.
         """
-        if self.model.device.type != "cuda":
+        if self.model.device.type != "cuda" or self._failed is not None:
             return self._step(batch, hyper)
         shape = tuple(batch.ids.shape)
         self._seen[shape] = self._seen.get(shape, 0) + 1
         if self._seen[shape] <= _EAGER:
             return self._step(batch, hyper)
         if shape not in self._graphs:
-            self._graphs[shape] = self._captured(batch, hyper)
+            captured = self._captured(batch, hyper)
+            if captured is None:
+                return self._step(batch, hyper)
+            self._graphs[shape] = captured
         held = self._graphs[shape]
         for mine, given in zip((*held.batch, *held.hyper), (*batch, *hyper), strict=True):
             mine.copy_(given)
         held.graph.replay()
         return held.losses.clone()
 
-    def _captured(self, batch: Batch, hyper: Hyper) -> _Graph:
+    def losses(self, batch: Batch) -> Tensor:
+        """The mean loss of each place [places], of which nothing is learnt."""
+        torch.mul(self._factors, self._scale, out=self._applied)
+        self._turn.begin(batch.ids.numel())
+        with torch.no_grad():
+            _, nll = weighted_loss(self.model, batch.ids, batch.targets, batch.weights)
+        return nll.view(self.count, -1).sum(dim=1)
+
+    def _captured(self, batch: Batch, hyper: Hyper) -> _Graph | None:
+        """The step as a graph, not run yet; None, and no other attempt, where the base's forward cannot be captured."""
         mine, own = Batch(*map(torch.clone, batch)), Hyper(*map(torch.clone, hyper))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            losses = self._step(mine, own)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                losses = self._step(mine, own)
+        except RuntimeError as error:
+            self._failed = graph  # torch's allocator may still ask it
+            warnings.warn(f"training goes on without CUDA graphs, slower: {error}", stacklevel=2)
+            return None
         self._pool = graph.pool()
         return _Graph(graph, mine, own, losses)
 
     def _step(self, batch: Batch, hyper: Hyper) -> Tensor:
         torch.mul(self._factors, self._scale, out=self._applied)
+        self._turn.begin(batch.ids.numel())
         total, nll = weighted_loss(self.model, batch.ids, batch.targets, batch.weights)
         torch.autograd.backward(total, inputs=[self._anchor])
         self._descend(hyper)
@@ -172,16 +199,33 @@ class Places:
         torch.div(self._first, gradient, out=gradient)
         self._factors.sub_(gradient.mul_((hyper.rate / hyper.first)[:, None]))
 
-    def _beside(self, name: str, base: nn.Module, anchor: Tensor) -> _Beside:
+    def _beside(self, name: str, base: nn.Module) -> _Beside:
         a, b = self._parts[name]
         like = self._like[name]
         shape_A, shape_B = (self.count, *like.A.shape), (self.count, *like.B.shape)
         if self._frozen:
             A = like.A.to(self._applied).expand(shape_A)
-            return _Beside(base, A, self._applied[:, b].view(shape_B), None, self._gradient[:, b].view(shape_B), anchor)
+            B, dB = (flat[:, b].view(shape_B) for flat in (self._applied, self._gradient))
+            return _Beside(name, base, (A, B, None, dB, self._anchor), self._turn)
         pairs = ((flat[:, a].view(shape_A), flat[:, b].view(shape_B)) for flat in (self._applied, self._gradient))
         (A, B), (dA, dB) = pairs
-        return _Beside(base, A, B, dA, dB, anchor)
+        return _Beside(name, base, (A, B, dA, dB, self._anchor), self._turn)
+
+
+class _Turn:
+    """One way through the base: how many tokens were put in, and which linears have run."""
+
+    def begin(self, tokens: int) -> None:
+        self.tokens, self.seen = tokens, set[str]()
+
+    def check(self, name: str, rows: int) -> None:
+        """Raises UsageError for a linear that has run before, or on other rows: its gradients would be wrong."""
+        if name in self.seen or rows != self.tokens:
+            raise UsageError(
+                f"{name} runs twice, or on a part of the tokens, which cannot be trained in places on a GPU",
+                "train on the CPU: CUDA_VISIBLE_DEVICES= before the same command",
+            )
+        self.seen.add(name)
 
 
 class _Beside(nn.Module):
@@ -190,15 +234,18 @@ class _Beside(nn.Module):
     The gradients of A and B are written where `dA` and `dB` lie.
     """
 
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, dA: Tensor | None, dB: Tensor, anchor: Tensor) -> None:
+    def __init__(
+        self, name: str, base: nn.Module, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], turn: _Turn
+    ) -> None:
         super().__init__()
         self.base = base
-        self._tensors = (A, B, dA, dB, anchor)
+        self._name, self._tensors, self._turn = name, tensors, turn
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] → [..., d_out]; the rows of the places lie one after the other, as many for each."""
         weight, bias = weight_of(self.base), getattr(self.base, "bias", None)
         rows = x.reshape(-1, x.shape[-1])
+        self._turn.check(self._name, len(rows))
         y: Tensor = _Apply.apply(rows, weight, bias, *self._tensors)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])
 

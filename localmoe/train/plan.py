@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from localmoe.config import BuildConfig
 from localmoe.encoders import Encoder, load_encoder
@@ -246,6 +247,8 @@ def _speed(model: Any, passages: list[Passage], config: BuildConfig, batch: int,
     ends: list[tuple[float, int]] = []
 
     def progress(tokens: int) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # a step returns as soon as it is launched
         ends.append((time.perf_counter(), tokens))
         watch(Event(stage, sum(tokens for _, tokens in ends), 0))
         if len(ends) > STEPS or (len(ends) > 1 and ends[-1][0] - ends[0][0] > SECONDS):

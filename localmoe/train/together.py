@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from localmoe.models import packed
+from localmoe.packing import Passage
 from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of, schedule, trained
 from localmoe.train.places import BETAS, PARAMETER_BYTES, Batch, Hyper, Places
 
@@ -21,9 +23,6 @@ MEMORY_SHARE = 0.3
 _WIDTHS = (
     40  # bytes that a token keeps in every layer, in hidden widths: about 34 in 16 bits, and the factors' products
 )
-
-Finished = Callable[[int, Trained | DivergedError], None]
-"""Called with the number of a job and what became of it, as soon as it is done."""
 
 
 class _Course:
@@ -54,13 +53,20 @@ def places_for(model: Any, jobs: Sequence[Job]) -> int:
     """How many of these trainings are worth running at once: one on a CPU or on several GPUs, else what fills it."""
     if not captured(model) or not jobs:
         return 1
-    free, _ = torch.cuda.mem_get_info(model.device)
+    free = _free(model.device)
     parameters = sum(update.A.numel() + update.B.numel() for update in jobs[0].start.values())
     fit = int(MEMORY_SHARE * free / (PARAMETER_BYTES * parameters))
     shape = model.config.get_text_config()
     most = min(TOKENS_AT_ONCE, int(MEMORY_SHARE * free / (_WIDTHS * shape.hidden_size * shape.num_hidden_layers)))
-    tokens = max(job.config.batch * max(map(len, job.passages)) for job in jobs)
+    longest = max(len(passage) for job in jobs for passage in (*job.passages, *job.read))
+    tokens = longest * max(job.config.batch for job in jobs)
     return max(1, min(fit, most // tokens, len(jobs)))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or that torch holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def train_together(
@@ -69,7 +75,6 @@ def train_together(
     places: int,
     freeze_A: bool = False,
     progress: Progress | None = None,
-    finished: Finished | None = None,
 ) -> list[Trained | DivergedError]:
     """Train every job as `train` does, `places` of them at once; a place that is done takes the next job.
 
@@ -83,7 +88,8 @@ def train_together(
     room = Places(model, jobs[0].start, min(places, len(jobs)), freeze_A)
     held: list[_Course | None] = [None] * room.count
     results: dict[int, Trained | DivergedError] = {}
-    with packed(model), room.attached():
+    here = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    with here, packed(model), room.attached():
         while True:
             for place, course in enumerate(held):
                 if course is None and waiting:
@@ -91,7 +97,8 @@ def train_together(
                     room.load(place, now.job.start)
             if not any(held):
                 break
-            losses = room.step(_batch(held, rows, length, model.device), _hyper(held, model.device))
+            batches = [[] if course is None else course.batches[len(course.losses)] for course in held]
+            losses = room.step(_batch(batches, rows, length, model.device), _hyper(held, model.device))
             seen = 0
             for place, course in enumerate(held):
                 if course is None:
@@ -101,16 +108,13 @@ def train_together(
                 if course.done:
                     held[place] = None
                     results[course.number] = _result(room, place, course)
-                    if finished is not None:
-                        finished(course.number, results[course.number])
             if progress is not None:
                 progress(seen)
     return [results[number] for number in range(len(jobs))]
 
 
-def _batch(held: Sequence[_Course | None], rows: int, length: int, device: torch.device) -> Batch:
-    """The next batch of every place, filled up to `rows` passages of one, two, three or four quarters of `length`."""
-    batches = [[] if course is None else course.batches[len(course.losses)] for course in held]
+def _batch(batches: Sequence[Sequence[Passage]], rows: int, length: int, device: torch.device) -> Batch:
+    """A batch for every place, filled up to `rows` passages of one, two, three or four quarters of `length`."""
     quarter = -(-length // 4)
     longest = max(len(passage) for batch in batches for passage in batch)
     shape = (len(batches), rows, min(length, -(-longest // quarter) * quarter))
@@ -148,5 +152,10 @@ def _result(room: Places, place: int, course: _Course) -> Trained | DivergedErro
         return DivergedError(f"the loss became {bad}")
     if not room.finite(place):
         return DivergedError("the factors are not finite after training")
+    last = min(course.batches[-1], key=len)  # what the last step did, no loss has seen yet
+    alone = [[last] if other == place else [] for other in range(room.count)]
+    after = float(room.losses(_batch(alone, 1, len(last), room.model.device))[place])
+    if not math.isfinite(after):
+        return DivergedError(f"the loss became {after}")
     tokens = sum(passage.predicted for batch in course.batches for passage in batch)
     return trained(room.adapter(place, course.job.start), tokens, losses)

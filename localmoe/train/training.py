@@ -63,9 +63,9 @@ def train(
 
     The base is frozen and never written; with `freeze_A` B alone is trained. `tokens`: so many label tokens at least,
     passages in a new order each time around; none = once around. `read`: passages of which `start` has seen already
-    what they teach; they come last the first time around. Equal inputs, seed and threads give equal bytes.
-    On a GPU the steps are captured (`train_together`). Raises DivergedError as soon as a loss or a factor is not
-    finite.
+    what they teach; they come last the first time around. Equal inputs, seed and threads give equal bytes on a CPU.
+    On one GPU the steps are captured (`train_together`). Raises DivergedError for a loss or a factor that is not
+    finite: as soon as there is one, there after the training.
     """
     if captured(model):
         job = Job(passages, start, config, learning_rate, seed, tokens, floor, read)
@@ -88,7 +88,7 @@ def train_all(
 ) -> list[Trained | DivergedError]:
     """What `train` makes of every job: on a GPU side by side, as many as fill it, else one after the other."""
     places = places_for(model, jobs)
-    if places > 1:
+    if jobs and (places > 1 or captured(model)):
         return train_together(model, jobs, places, freeze_A, progress)
     found: list[Trained | DivergedError] = []
     for job in jobs:

@@ -61,7 +61,11 @@ def test_where_test_time_training_loses_to_the_fine_tune_it_is_said_that_experts
     interval: tuple[float, float], said: bool
 ) -> None:
     row = ComparisonRow("ttt-trunk", "fine-tuned", False, sum(interval) / 2, interval, 40, "")
-    sentence = out_of_reach(replace(_made(0.5), comparisons=(row,)))
+    loses, wins = (
+        ComparisonRow("merged", "fine-tuned", True, *it, 40, "") for it in ((-0.1, (-0.2, -0.1)), (0.1, (0.1, 0.2)))
+    )
+    sentence = out_of_reach(replace(_made(0.5), comparisons=(row, loses)))
+    assert out_of_reach(replace(_made(0.5), comparisons=(row, wins))) is None
     assert (sentence is not None) == said
     if sentence is not None:
         assert sentence.startswith("ttt-trunk loses to the fine-tune too, by 3.5 %: ")

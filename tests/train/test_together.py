@@ -7,7 +7,9 @@ import tiny
 import torch
 
 from localmoe.config import TrainConfig
+from localmoe.errors import UsageError
 from localmoe.models import target_linears
+from localmoe.train import together
 from localmoe.train.course import DivergedError, Job, Trained
 from localmoe.train.together import train_together
 from localmoe.train.training import fresh_adapter, train
@@ -56,7 +58,8 @@ def test_every_job_gives_what_it_gives_alone(name: str, places: int) -> None:
 
 def test_a_frozen_first_factor_stays_the_very_same_tensor() -> None:
     model = tiny.base("llama")
-    jobs = [dataclasses.replace(job, start=_jobs(model)[0].start) for job in _jobs(model)]
+    start = tiny.random_adapter(model)
+    jobs = [dataclasses.replace(job, start=start) for job in _jobs(model)]
     for job, mine in zip(jobs, train_together(model, jobs, 2, freeze_A=True), strict=True):
         alone = _alone(model, job, freeze_A=True)
         assert isinstance(mine, Trained)
@@ -69,12 +72,10 @@ def test_a_job_that_diverges_says_so_and_disturbs_no_other() -> None:
     model = tiny.base("llama")
     fine = Job(tiny.passages(20, 12, 7, 16, 9), fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0, tokens=300)
     wild = dataclasses.replace(fine, learning_rate=1e30, config=dataclasses.replace(CONFIG, clip=1e30))
-    told: dict[int, object] = {}
-    first, bad, last = train_together(model, [fine, wild, fine], 3, finished=told.__setitem__)
+    first, bad, last = train_together(model, [fine, wild, fine], 3)
     assert isinstance(bad, DivergedError)
     assert isinstance(first, Trained)
     assert isinstance(last, Trained)
-    assert told == {0: first, 1: bad, 2: last}
     alone = _alone(model, fine)
     for mine in (first, last):
         assert mine.last_loss == pytest.approx(alone.last_loss, abs=2e-4)
@@ -102,3 +103,41 @@ def test_captured_steps_of_a_gpu_are_those_of_a_cpu(places: int) -> None:
         for module, update in alone.adapter.items():
             mine_B, B = mine.adapter[module].B.cpu().float(), update.B.cpu().float()
             torch.testing.assert_close(mine_B, B, rtol=5e-2, atol=1e-2)
+
+
+def test_a_last_step_that_diverges_is_noticed() -> None:
+    model = tiny.base("llama")
+    wild = dataclasses.replace(CONFIG, clip=1e30, warmup=0.0)
+    start = fresh_adapter(model, wild, 0)
+    (found,) = train_together(model, [Job(tiny.passages(20), start, wild, 1e30, 0)], 1)
+    assert isinstance(found, DivergedError)
+
+
+def test_a_frozen_first_factor_must_be_one_for_all() -> None:
+    model = tiny.base("llama")
+    jobs = [Job(tiny.passages(20), tiny.random_adapter(model, seed=seed), CONFIG, 1e-2, 0) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="share an A"):
+        train_together(model, jobs, 2, freeze_A=True)
+
+
+def test_a_linear_that_runs_twice_is_refused() -> None:
+    model = tiny.base("llama")
+    mlp = model.model.layers[1].mlp
+    once = mlp.forward
+    mlp.forward = lambda x: once(x) + once(x)
+    job = Job(tiny.passages(20), fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0)
+    with pytest.raises(UsageError, match="runs twice"):
+        train_together(model, [job], 1)
+
+
+def test_places_fill_the_memory_and_the_tokens_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.base("llama")
+    start = fresh_adapter(model, CONFIG, 0)
+    read = Job((), start, CONFIG, 1e-2, 0, read=tiny.passages(16))
+    assert together.places_for(model, [read] * 9) == 1
+    monkeypatch.setattr(together, "captured", lambda model: True)
+    monkeypatch.setattr(together, "_free", lambda device: 2**40)
+    assert together.places_for(model, [read] * 9) == 9
+    assert together.places_for(model, [read] * 9999) == together.TOKENS_AT_ONCE // (16 * CONFIG.batch)
+    monkeypatch.setattr(together, "_free", lambda device: 1)
+    assert together.places_for(model, [read] * 9) == 1
