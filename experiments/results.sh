@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything under results/ that the README shows, from data files of your own; each part resumes where it was stopped.
 #   experiments/results.sh ARTICLES.jsonl.gz GSM8K-TRAIN.jsonl LAMBADA.jsonl PUBMED.jsonl WORK-FOLDER [PART ...]
-# PART: laboratory mixed wikipedia-laboratory python-laboratory python wikipedia; all of them if none is given. Two cores: hours.
+# PART: laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia; all of them if none is given. Two cores: hours.
 set -euo pipefail
 articles=$1 gsm8k=$2 lambada=$3 pubmed=$4 work=$5
 shift 5
-parts=${*:-laboratory mixed wikipedia-laboratory python-laboratory python wikipedia}
+parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia}
 bin=${BIN:-.venv/bin}
 base=HuggingFaceTB/SmolLM2-135M-Instruct
 mkdir -p "$work"
@@ -17,6 +17,11 @@ measure() { # name, corpus, prefix, length, settings of the build ... -- setting
     shift
     "$bin/localmoe" build "$corpus" "$work/$name-bank" --max-passage "$length" --set corpus.passages_per_document=1 "${build[@]}"
     "$bin/localmoe" eval "$work/$name-bank" -o "results/$name" --prefix "$prefix" --length "$length" "$@"
+}
+
+mixed_corpus() { # five kinds of text, of which the laboratory model has seen none
+    [ -f "$work/mixed.jsonl" ] || "$bin/python" experiments/mixed_corpus.py "$work/mixed.jsonl" "$work/laboratory/corpus.jsonl:text" \
+        "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
 }
 
 small=(--base "$work/laboratory/model" --encoder static --clusters 12 --min-tokens 4000 --rank 4 --set train.alpha=4
@@ -31,8 +36,7 @@ for part in $parts; do
     laboratory) [ -f "$work/laboratory/model/model.safetensors" ] ||
         "$bin/python" experiments/laboratory.py "$articles" "$work/laboratory" ;;
     mixed)
-        [ -f "$work/mixed.jsonl" ] || "$bin/python" experiments/mixed_corpus.py "$work/mixed.jsonl" \
-            "$work/laboratory/corpus.jsonl:text" "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
+        mixed_corpus
         measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
     wikipedia-laboratory)
         measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 \
@@ -42,6 +46,13 @@ for part in $parts; do
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
             --sample-tokens 400000 --learning-rate 8e-3 --set train.batch=1 -- "${tuned[@]}" --set 'fine_tune.batches=[4]' ;;
+    mixed-smollm2)
+        mixed_corpus
+        measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 6 --min-tokens 6000 \
+            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 --learning-rate 1e-3 --set train.batch=1 \
+            --set train.trunk_epochs=0.5 --epochs 0.5 --set train.expert_rate=0.5 -- --documents 250 \
+            --set fine_tune.tune_tokens=25000 --set 'fine_tune.batches=[4]' --methods $methods --set ttt.documents=40 \
+            --set ttt.neighbours=15 --set ttt.rate=5e-4 ;;
     python)
         measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 150000 --clusters 8 --min-tokens 4000 \
             --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.3 --set threads=1 -- --documents 300 \
