@@ -20,9 +20,8 @@ TOKENS_AT_ONCE = 32_768
 """Tokens of a step, of all places together, at most; a GPU gains little from more."""
 MEMORY_SHARE = 0.3
 """Share of a GPU's free memory that factors may take, and as much again what the way back needs of every token."""
-_WIDTHS = (
-    40  # bytes that a token keeps in every layer, in hidden widths: about 34 in 16 bits, and the factors' products
-)
+_WIDTHS = 40
+"""Bytes that a token keeps in every layer, in hidden widths: about 34 in 16 bits, and the factors' products."""
 
 
 class _Course:
