@@ -73,6 +73,12 @@ def workplace(base: str, revision: str | None) -> tuple[Any, Any]:
     return model, load_tokenizer(base, revision)
 
 
+def forget() -> None:
+    """Let go of the base and of the trunk that this process keeps for its tasks."""
+    workplace.cache_clear()
+    _read.cache_clear()
+
+
 def result_file(name: str) -> str:
     """Where the work folder keeps the result of a task."""
     return f"{name}.json"
@@ -86,10 +92,11 @@ def run(task: AdapterTask, progress: Progress | None = None) -> AdapterResult:
 
 def run_all(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> Iterator[AdapterResult]:
     """The results of tasks of one build, in their order; on a GPU a wave of them is trained at once."""
-    size = wave_size(_model(tasks[0]))
+    work = Work(Path(tasks[0].bank), tasks[0].key)
+    finished = all(work.has(result_file(task.name)) for task in tasks)  # then no base is needed
+    size = len(tasks) if finished else wave_size(_model(tasks[0]))
     for first in range(0, len(tasks), size):
         wave = tasks[first : first + size]
-        work = Work(Path(wave[0].bank), wave[0].key)
         left = [task for task in wave if not work.has(result_file(task.name))]
         for task, made in zip(left, _made(work, left, progress), strict=True):
             work.write_json(result_file(task.name), as_dict(_result(task, made)))

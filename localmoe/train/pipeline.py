@@ -68,7 +68,7 @@ def build(
         try:
             return _build(source, path, config, map, watch, started)
         finally:
-            training.workplace.cache_clear()
+            training.forget()
 
 
 def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch: Watch, started: float) -> Bank:
@@ -220,7 +220,8 @@ def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, wa
     if finished:
         watch(Event("experts", 0, total, f"going on: {len(finished)} of {len(tasks)} experts are done"))
     progress = _TokenProgress("experts", total, watch)
-    many = training.wave_size(training.workplace(ground.config.base, ground.config.revision)[0]) > 1
+    model, _ = training.workplace(ground.config.base, ground.config.revision)
+    many = map is builtins.map and training.wave_size(model) > 1
     if many:
         progress.reset(sum(ground.tokens(task.train_rows, task.epochs) for task in finished))
     run = training.run_all(tasks, progress) if map is builtins.map else map(training.run, tasks)

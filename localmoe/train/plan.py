@@ -115,7 +115,7 @@ def plan(source: str | Path, config: BuildConfig = BuildConfig(), probe: bool = 
         try:
             return _plan(source, Path(folder), config, probe, watch)
         finally:
-            training.workplace.cache_clear()
+            training.forget()
 
 
 def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, watch: Watch) -> Plan:

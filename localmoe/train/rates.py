@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from localmoe.bank.manifest import AdapterRecord
 from localmoe.train import experts as training
-from localmoe.train.checks import ENOUGH
+from localmoe.train.checks import ENOUGH, mean_nll
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import AdapterTask
 from localmoe.train.groundwork import TRUNK, Groundwork
@@ -129,7 +129,7 @@ def _mean(tasks: Sequence[AdapterTask], progress: Progress) -> float | None:
         found = [nll for losses in training.rehearse(tasks, progress) for nll in losses.values()]
     except DivergedError:
         return None
-    mean = sum(one.total for one in found) / max(1, sum(one.tokens for one in found))
+    mean = mean_nll(found)
     return mean if math.isfinite(mean) else None
 
 
