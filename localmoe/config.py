@@ -17,7 +17,9 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
-Recipe = Literal["trunk", "trunk-shared", "paper"]
+Recipe = Literal["joint", "trunk", "trunk-shared", "paper"]
+SHARED_A = ("joint", "trunk-shared")
+"""Recipes whose experts have the trunk's A, so that mixes of whatever size have its rank."""
 C = TypeVar("C")
 
 
@@ -73,20 +75,22 @@ class ClusterConfig:
 class TrainConfig:
     """One LoRA loop for trunk, experts and fine-tuning (specification, "Experts")."""
 
-    recipe: Recipe = "trunk"
-    """'trunk': experts start from one shared adapter; 'trunk-shared': they also share its A; 'paper': from the base."""
+    recipe: Recipe = "joint"
+    """'joint': a shared adapter and the experts at once, each document by the mix that it would get; 'trunk': experts
+    start from a finished shared adapter; 'trunk-shared': they also share its A; 'paper': from the base."""
     rank: Positive = 16
     """Rank r of every update."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """Updates are scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
-    expert_rate: Annotated[float, Field(gt=0)] = 0.25
-    """Rate of experts after a trunk, as a multiple of `learning_rate`; the trunk falls to it, or to 0.25 if less."""
-    trunk_epochs: Annotated[float, Field(gt=0)] = 1.5
-    """Passes of the trunk over all public documents."""
+    expert_rate: Annotated[float, Field(gt=0)] | None = None
+    """Rate of experts, as a multiple of `learning_rate`; none = 2 beside the trunk (recipe 'joint'), 0.25 after it."""
+    trunk_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes of the trunk over all public documents; none = 2 with the experts (recipe 'joint'), else 1.5."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes of each expert over its own documents; none = 0.5 after a trunk, 1 from the base."""
+    """Passes of each expert over its own documents, by itself; none = 0.5 after a trunk, 1 from the base. With
+    recipe 'joint' those of experts with an access set, since all others are trained with the trunk."""
     batch: Positive = 4
     """Passages per step."""
     expert_batch: Positive | None = None
@@ -122,7 +126,7 @@ class RouteConfig:
     """Temperature β of softmax(s/β); none = found on the tune documents for `active` experts; 0 = the nearest alone."""
     tau: Fraction = 0.01
     """Experts whose softmax weight is not above τ are dropped."""
-    active: Annotated[float, Field(ge=1)] = 3.0
+    active: Annotated[float, Field(ge=1)] = 10.0
     """Wanted mean number of active experts: β is the largest that keeps to it; sift, uniform: the nearest ones."""
     max_experts: Positive = 50
     """Never more experts than this in one mix."""

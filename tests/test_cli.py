@@ -220,7 +220,7 @@ def test_a_build_with_failed_experts_keeps_the_bank_and_says_3(
         return train(*arguments, **options)
 
     monkeypatch.setattr("localmoe.train.training.train", diverge)
-    result = run("build", tiny_corpus, tmp_path / "bank", *small)
+    result = run("build", tiny_corpus, tmp_path / "bank", *small, "--recipe", "trunk")
     assert result.exit_code == 3
     assert "1 of 2 experts failed to train (e00): the loss became nan" in result.stderr
     assert run("info", tmp_path / "bank").exit_code == 0

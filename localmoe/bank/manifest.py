@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from localmoe.config import BuildConfig, Recipe, RouteConfig, default_of, validate
+from localmoe.config import SHARED_A, BuildConfig, Recipe, RouteConfig, default_of, validate
 from localmoe.errors import BankError, ConfigError
 
 FORMAT: Final = 1
@@ -94,6 +94,8 @@ class Training:
     last_loss: float
     learning_rate: float
     attempts: Annotated[int, Field(ge=1)]
+    with_trunk: bool = False
+    """Trained in the trunk's own steps (recipe `joint`): these tokens are among the trunk's."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -184,6 +186,11 @@ class Manifest:
         del values["created"], values["generation"]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def shared_factors(self) -> bool:
+        """Whether every A is the trunk's, so that mixes of whatever size have its rank."""
+        return self.trunk is not None and self.recipe in SHARED_A
 
     @property
     def adapters(self) -> tuple[AdapterRecord, ...]:

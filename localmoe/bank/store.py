@@ -81,7 +81,7 @@ class Bank:
     def adapter(self, expert_id: str) -> Adapter:
         """Module name → LowRank of one expert, memory-mapped.
 
-        With recipe `trunk-shared` every A is the trunk's tensor itself, so that `stack` merges at rank r.
+        With recipes `joint` and `trunk-shared` every A is the trunk's tensor itself, so that `stack` merges at rank r.
         Raises UnknownNameError, UsageError for an expert that failed, BankError for damage or another A.
         """
         record = self.expert(expert_id)
@@ -91,8 +91,10 @@ class Bank:
                 "leave it out, or build again",
             )
         adapter = self._read(record.adapter)
-        trunk = self.trunk() if self.manifest.recipe == "trunk-shared" else None
+        trunk = self.trunk() if self.manifest.shared_factors else None
         if trunk is None:
+            return adapter
+        if record.adapter.training is None:  # imported: its A is its own
             return adapter
         return _with_shared_factors(adapter, trunk, self.path / record.adapter.folder)
 
@@ -225,7 +227,7 @@ def _with_shared_factors(adapter: Adapter, trunk: Adapter, folder: Path) -> Adap
         A = trunk[module].A if module in trunk else None
         if A is None or A.dtype != update.A.dtype or not torch.equal(A, update.A):
             raise BankError(
-                f"{folder}: the A of {module} is not the trunk's, as recipe trunk-shared promises",
+                f"{folder}: the A of {module} is not the trunk's, as the bank's recipe promises",
                 "take this expert out of the bank",
             )
         shared[module] = LowRank(A, update.B, update.c)

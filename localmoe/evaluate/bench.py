@@ -92,14 +92,14 @@ class Bench:
 
     @cached_property
     def bank_tokens(self) -> int:
-        """Label tokens that trunk and experts were trained on together."""
+        """Label tokens that trunk and experts were trained on together, those that taught both at once counted once."""
         training = [adapter.training for adapter in self.engine.bank.manifest.adapters]
         if any(record is None for record in training):
             raise NotPossibleError(
                 "the bank holds imported experts: how many tokens they saw is not known",
                 "evaluate a bank that was built here, or leave out fine-tuned",
             )
-        return sum(record.tokens for record in training if record is not None)
+        return sum(record.tokens for record in training if record is not None and not record.with_trunk)
 
     @cached_property
     def public_train(self) -> tuple[list[str], np.ndarray]:

@@ -105,8 +105,8 @@ def build_options(function: F) -> F:
         knob(
             "--recipe",
             "train.recipe",
-            "How experts start: from one shared trunk, sharing its A too, or from the base.",
-            type=click.Choice(["trunk", "trunk-shared", "paper"]),
+            "How experts are trained: with a shared trunk, after it, after it with its A, or from the base.",
+            type=click.Choice(["joint", "trunk", "trunk-shared", "paper"]),
             panel=experts,
         ),
         knob("--clusters", "cluster.clusters", "Number of experts K.", "by tokens", type=int, panel=experts),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,16 @@ from localmoe.train.rates import JUDGES
 
 PREFIX_TOKENS = 50
 """A prompt is the first tokens of a document, as the evaluation will show them (specification)."""
+
+
+def prompts_of(ground: Groundwork, tokenizer: Any) -> tuple[list[int], list[str]]:
+    """Rows of the public tune documents, and the first tokens of each, as an evaluation would route by them."""
+    rows, prompts = [], []
+    for row, document in ground.work.chosen(ground.rows.where("tune", ())):
+        rows.append(row)
+        ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
+        prompts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    return rows, prompts
 
 
 def search_active(

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from localmoe.bank.adapters import write_adapter
 from localmoe.bank.manifest import AdapterRecord, Outcome, Training
 from localmoe.bank.peft import read_adapter
-from localmoe.config import TrainConfig, as_dict
+from localmoe.config import SHARED_A, TrainConfig, as_dict
 from localmoe.lora import Adapter
 from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
 from localmoe.packing import Passage
@@ -94,7 +94,7 @@ def run_all(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> I
     """The results of tasks of one build, in their order; on a GPU a wave of them is trained at once."""
     work = Work(Path(tasks[0].bank), tasks[0].key)
     finished = all(work.has(result_file(task.name)) for task in tasks)  # then no base is needed
-    size = len(tasks) if finished else wave_size(_model(tasks[0]))
+    size = len(tasks) if finished else wave_size(model_of(tasks[0]))
     for first in range(0, len(tasks), size):
         wave = tasks[first : first + size]
         left = [task for task in wave if not work.has(result_file(task.name))]
@@ -115,7 +115,7 @@ def rehearse(tasks: Sequence[AdapterTask], progress: Progress | None = None) -> 
     for task, training in zip(tasks, _train(work, tasks, progress, attempts=1), strict=True):
         if isinstance(training, DivergedError):
             raise training
-        losses.append(document_nll(_model(task), _tune_documents(work, task), training.trained.adapter))
+        losses.append(document_nll(model_of(task), tune_documents(work, task), training.trained.adapter))
     return losses
 
 
@@ -170,7 +170,7 @@ def _checked(
         if isinstance(training, DivergedError):
             made.append(training)
             continue
-        model, documents = _model(task), _tune_documents(work, task)
+        model, documents = model_of(task), tune_documents(work, task)
         reference = document_nll(model, documents, _start(task))
         own = document_nll(model, documents, training.trained.adapter)
         made.append(_Made(training, outcome(own, reference)))
@@ -181,18 +181,24 @@ def _result(task: AdapterTask, made: _Made | DivergedError) -> AdapterResult:
     """The record of a task, its adapter written."""
     if isinstance(made, DivergedError):
         return AdapterResult(None, Outcome("failed", 0, None, None, made.what))
-    training, trained = made.training, made.training.trained
+    training = made.training
+    return left_in_bank(task, training.trained, training.rate, training.attempts, made.outcome)
+
+
+def left_in_bank(
+    task: AdapterTask, trained: Trained, rate: float, attempts: int, judged: Outcome, with_trunk: bool = False
+) -> AdapterResult:
+    """An adapter written into the bank, and the record of it."""
+    losses = trained.first_loss, trained.last_loss
     record = write_adapter(
         Path(task.bank),
         task.name,
         trained.adapter,
         task.base_id,
-        needs_transpose(_model(task)),
-        Training(
-            trained.tokens, trained.steps, trained.first_loss, trained.last_loss, training.rate, training.attempts
-        ),
+        needs_transpose(model_of(task)),
+        Training(trained.tokens, trained.steps, *losses, rate, attempts, with_trunk),
     )
-    return AdapterResult(record, made.outcome)
+    return AdapterResult(record, judged)
 
 
 def _train(
@@ -200,13 +206,13 @@ def _train(
 ) -> list[_Training | DivergedError]:
     """A training for every task; what diverges is begun again at half the rate, `attempts` in all."""
     jobs = [_job(work, task) for task in tasks]
-    freeze = any(task.config.recipe == "trunk-shared" and task.start is not None for task in tasks)
+    freeze = any(task.config.recipe in SHARED_A and task.start is not None for task in tasks)
     found: list[_Training | DivergedError] = [DivergedError("no attempt was made")] * len(jobs)
     left = list(range(len(jobs)))
     for attempt in range(1, attempts + 1):
         if not left:
             break
-        trained = train_all(_model(tasks[0]), [jobs[number] for number in left], freeze, progress)
+        trained = train_all(model_of(tasks[0]), [jobs[number] for number in left], freeze, progress)
         for number, one in zip(left, trained, strict=True):
             rate = jobs[number].learning_rate
             found[number] = one if isinstance(one, DivergedError) else _Training(one, rate, attempt)
@@ -220,11 +226,11 @@ def _job(work: Work, task: AdapterTask) -> Job:
     """The training that a task asks for."""
     new: list[Passage] = []
     read: list[Passage] = []
-    for (row, place), passage in _passages(work, task):
+    for (row, place), passage in passages_of(work, task):
         (read if place in task.read.get(row, ()) else new).append(passage)
     start = _start(task)
-    begin = start if start is not None else fresh_adapter(_model(task), task.config, task.seed)
-    tokens = _tokens(task, [*new, *read])
+    begin = start if start is not None else fresh_adapter(model_of(task), task.config, task.seed)
+    tokens = tokens_of(task, [*new, *read])
     return Job(new, begin, task.config, task.learning_rate, task.seed, tokens, task.floor, read)
 
 
@@ -232,29 +238,30 @@ def passages_read(work: Work, task: AdapterTask) -> dict[int, frozenset[int]]:
     """Row → places of the passages that a training of less than one pass reads; nothing where it reads all of them."""
     if task.epochs >= 1:
         return {}
-    everything = list(_passages(work, task))
+    everything = list(passages_of(work, task))
     places = {id(passage): place for place, passage in everything}
     passages = [passage for _, passage in everything]
     found: dict[int, set[int]] = {}
-    for batch in batches_of(passages, task.config, task.seed, _tokens(task, passages)):
+    for batch in batches_of(passages, task.config, task.seed, tokens_of(task, passages)):
         for row, place in (places[id(passage)] for passage in batch):
             found.setdefault(row, set()).add(place)
     return {row: frozenset(read) for row, read in found.items()}
 
 
-def _passages(work: Work, task: AdapterTask) -> Iterator[tuple[tuple[int, int], Passage]]:
+def passages_of(work: Work, task: AdapterTask) -> Iterator[tuple[tuple[int, int], Passage]]:
     """The train passages, each with its row and its place in it."""
     for row, document in zip(task.train_rows, work.passages(task.train_rows), strict=True):
         for place, passage in enumerate(document):
             yield (row, place), passage
 
 
-def _tokens(task: AdapterTask, passages: Sequence[Passage]) -> int:
+def tokens_of(task: AdapterTask, passages: Sequence[Passage]) -> int:
     """Label tokens that the task's passes over these passages see."""
     return round(task.epochs * sum(passage.predicted for passage in passages))
 
 
-def _model(task: AdapterTask) -> Any:
+def model_of(task: AdapterTask) -> Any:
+    """The base that a task trains beside."""
     return workplace(task.base, task.revision)[0]
 
 
@@ -269,7 +276,7 @@ def _read(folder: Path) -> Adapter:
     return read_adapter(folder)[0]
 
 
-def _tune_documents(work: Work, task: AdapterTask) -> dict[int, tuple[Passage, ...]]:
+def tune_documents(work: Work, task: AdapterTask) -> dict[int, tuple[Passage, ...]]:
     """The first passage of each tune document, by which an adapter is checked against the trunk (or the base)."""
     passages = work.passages(task.tune_rows)
     return {row: parts[:1] for row, parts in zip(task.tune_rows, passages, strict=True)}

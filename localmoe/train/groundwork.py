@@ -17,6 +17,7 @@ from localmoe.routing import routers
 from localmoe.train.checks import nearest_rows
 from localmoe.train.clusters import Clusters, nearest
 from localmoe.train.experts import AdapterTask
+from localmoe.train.joint import Weights
 from localmoe.train.rows import Rows
 from localmoe.train.work import Work
 
@@ -24,8 +25,12 @@ TRUNK = "trunk"
 """Name of the task that trains the trunk."""
 TRUNK_FLOOR = 0.25
 """Share of its rate to which a trunk falls, at most: higher spoils it, lower leaves the experts little to do."""
+TRUNK_EPOCHS, JOINT_EPOCHS = 1.5, 2.0
+"""Passes of a trunk by itself and with its experts, where the configuration leaves them open."""
 EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
 """Passes of an expert, where the configuration leaves them open."""
+RATE_AFTER_TRUNK, RATE_BESIDE_TRUNK = 0.25, 2.0
+"""Rate of experts as a multiple of the trunk's, where the configuration leaves it open."""
 BATCH_AFTER_TRUNK = 1
 """Passages per step of an expert that goes on from a trunk: it has few of them, and more steps teach it more."""
 
@@ -47,6 +52,8 @@ class Groundwork:
     """Rate of experts after a trunk, as a multiple of that: as configured, or as found."""
     read: Mapping[int, frozenset[int]] = field(default_factory=dict)
     """Row → passages that the trunk has read, where it makes less than one pass; experts read the others first."""
+    mixes: Mapping[int, Weights] = field(default_factory=dict)
+    """Row of a public document → its mix; recipe `joint` trains by it."""
 
     @property
     def expert_ids(self) -> tuple[str, ...]:
@@ -70,8 +77,8 @@ class Groundwork:
             base_id=name_in_bank(self.config.base),
             config=config,
             learning_rate=self.learning_rate * (self.expert_rate if after_trunk else 1.0),
-            epochs=config.trunk_epochs if name == TRUNK else expert_epochs(config, after_trunk),
-            floor=min(TRUNK_FLOOR, config.expert_rate) if name == TRUNK else 0.0,
+            epochs=trunk_epochs(config) if name == TRUNK else expert_epochs(config, after_trunk),
+            floor=trunk_floor(config) if name == TRUNK else 0.0,
             seed=seed,
             start=start,
             train_rows=tuple(train),
@@ -87,6 +94,28 @@ class Groundwork:
     def tokens(self, rows: Iterable[int], epochs: float) -> int:
         """Tokens that so many passes over these documents see."""
         return round(epochs * int(self.rows.tokens[list(rows)].sum()))
+
+
+def trunk_epochs(config: TrainConfig) -> float:
+    """Passes of the trunk over all public documents."""
+    if config.trunk_epochs is not None:
+        return config.trunk_epochs
+    return JOINT_EPOCHS if config.recipe == "joint" else TRUNK_EPOCHS
+
+
+def trunk_floor(config: TrainConfig) -> float:
+    """Share of its rate at which the trunk ends: experts go on from there, but for those trained with it."""
+    return 0.0 if config.recipe == "joint" else min(TRUNK_FLOOR, rate_after_trunk(config))
+
+
+def rate_after_trunk(config: TrainConfig) -> float:
+    """Rate of experts that go on from a trunk, as a multiple of its peak."""
+    return config.expert_rate if config.expert_rate is not None else RATE_AFTER_TRUNK
+
+
+def rate_beside_trunk(config: TrainConfig) -> float:
+    """Rate of experts that are trained with the trunk, as a multiple of its."""
+    return config.expert_rate if config.expert_rate is not None else RATE_BESIDE_TRUNK
 
 
 def expert_epochs(config: TrainConfig, after_trunk: bool) -> float:

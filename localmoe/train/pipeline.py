@@ -37,7 +37,16 @@ from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.course import ORDER
 from localmoe.train.documents import Document
 from localmoe.train.experts import AdapterResult, AdapterTask, Map
-from localmoe.train.groundwork import TRUNK, Groundwork, check_settings, checked_on, name_in_bank
+from localmoe.train.groundwork import (
+    TRUNK,
+    Groundwork,
+    check_settings,
+    checked_on,
+    name_in_bank,
+    rate_after_trunk,
+    trunk_epochs,
+)
+from localmoe.train.joint_tasks import mixes_of, public_experts, run_jointly
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import search_expert_rate, search_rate
 from localmoe.train.records import choose_router, expert_records, write_files
@@ -100,11 +109,13 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     _check_disk(path, model, config, len(clusters.access))
     checked = checked_on(rows, clusters, embeddings)
     asked = config.train
-    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, asked.expert_rate)
+    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, rate_after_trunk(asked))
     ground = replace(ground, learning_rate=search_rate(ground, watch))
+    if config.train.recipe == "joint" and rows.where("train", ()):
+        ground = replace(ground, mixes=mixes_of(ground, embeddings, tokenizer, encoder))
     trunk = _train_trunk(ground, watch)
     start = trunk.adapter if trunk is not None else None
-    if start is not None:
+    if start is not None and not ground.mixes:
         ground = replace(ground, read=training.passages_read(work, _trunk_task(ground)))
     ground = replace(ground, expert_rate=search_expert_rate(ground, start, watch))
     experts = expert_records(ground, _train_experts(ground, start, map, watch))
@@ -205,9 +216,15 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
         watch(Event("trunk", 1, 1, "no trunk: no document is public; experts start from the base"))
         return None
     task = _trunk_task(ground)
-    total = ground.tokens(public, ground.config.train.trunk_epochs)
+    total = ground.tokens(public, trunk_epochs(ground.config.train))
     watch(Event("trunk", 0, total))
-    result = training.run(task, _TokenProgress("trunk", total, watch))
+    progress = _TokenProgress("trunk", total, watch)
+    if ground.config.train.recipe == "joint":
+        watch(Event("trunk", 0, total, f"with {len(public_experts(ground))} experts, in the same steps"))
+        beside = [ground.expert_task(k, None) for k in public_experts(ground)]
+        result = run_jointly(task, beside, ground.mixes, progress)
+    else:
+        result = training.run(task, progress)
     note = _outcome_note("the trunk", result.outcome, "the base")
     watch(Event("trunk", total, total, note))
     return result
@@ -215,10 +232,12 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
 
 def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, watch: Watch) -> list[AdapterResult]:
     tasks = [ground.expert_task(k, start) for k in range(len(ground.expert_ids))]
-    finished = [task for task in tasks if ground.work.has(training.result_file(task.name))]
-    total = sum(ground.tokens(task.train_rows, task.epochs) for task in tasks)
+    with_trunk = {tasks[k].name for k in public_experts(ground)} if ground.mixes and start is not None else set()
+    alone = [task for task in tasks if task.name not in with_trunk]
+    finished = [task for task in alone if ground.work.has(training.result_file(task.name))]
+    total = sum(ground.tokens(task.train_rows, task.epochs) for task in alone)
     if finished:
-        watch(Event("experts", 0, total, f"going on: {len(finished)} of {len(tasks)} experts are done"))
+        watch(Event("experts", 0, total, f"going on: {len(finished)} of {len(alone)} experts are done"))
     progress = _TokenProgress("experts", total, watch)
     model, _ = training.workplace(ground.config.base, ground.config.revision)
     many = map is builtins.map and training.wave_size(model) > 1
@@ -227,7 +246,7 @@ def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, wa
     run = training.run_all(tasks, progress) if map is builtins.map else map(training.run, tasks)
     results, done = [], 0
     for task, result in zip(tasks, run, strict=True):
-        done += ground.tokens(task.train_rows, task.epochs)
+        done += ground.tokens(task.train_rows, task.epochs) if task.name not in with_trunk else 0
         shown = max(done, progress.done) if many else done  # all of a wave have trained before the first is told
         watch(Event("experts", shown, total, _outcome_note(task.name, result.outcome, "where it started")))
         results.append(result)

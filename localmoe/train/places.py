@@ -6,7 +6,7 @@ Place e holds row e of every tensor. No place sees another, so that each adapter
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from localmoe.errors import UsageError
 from localmoe.lora import Adapter, LowRank, dequantised, weight_of
-from localmoe.packing import weighted_loss
+from localmoe.packing import Passage, loss, pack, weighted_loss
 
 PARAMETER_BYTES = 28
 """Memory of a parameter in a place: factor, two moments and temporaries in fp32, factor and gradient in bf16."""
@@ -54,12 +54,12 @@ class _Graph(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     batch: Batch
-    hyper: Hyper
+    hyper: Hyper | None
     losses: Tensor
 
 
 class Places:
-    """The factors that are trained, flat: [places, parameters], A before B for one module after another.
+    """The factors that are trained, flat: [places, parameters], the A of all modules, then from `middle` on their B.
 
     With `freeze_A` they are B alone, and all places share the A of `like`. c is the same in all places.
     """
@@ -67,12 +67,13 @@ class Places:
     def __init__(self, model: Any, like: Adapter, count: int, freeze_A: bool) -> None:
         self.model, self.count, self._frozen = model, count, freeze_A
         self._like = {name: LowRank(u.A, u.B, u.c.to(model.device)) for name, u in like.items()}
+        self.middle = 0 if freeze_A else sum(update.A.numel() for update in like.values())
         self._parts: dict[str, tuple[slice, slice]] = {}
-        end = 0
+        begin, end = 0, self.middle
         for name, update in like.items():
-            middle = end + (0 if freeze_A else update.A.numel())
-            self._parts[name] = (slice(end, middle), slice(middle, middle + update.B.numel()))
-            end = middle + update.B.numel()
+            first = slice(begin, begin + (0 if freeze_A else update.A.numel()))
+            self._parts[name] = (first, slice(end, end + update.B.numel()))
+            begin, end = first.stop, end + update.B.numel()
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, end, dtype=dtype, device=model.device)
@@ -95,9 +96,13 @@ class Places:
 
         Raises ValueError for another c than the places have, or with `freeze_A` another A.
         """
-        self._factors[place] = self._flat(start)
+        self._factors[place] = self.flat(start)
         self._first[place] = 0
         self._second[place] = 0
+
+    def put(self, place: int, flat: Tensor) -> None:
+        """Put factors into a place as `flat` lays them out [parameters]."""
+        self._factors[place] = flat
 
     def adapter(self, place: int, start: Adapter) -> Adapter:
         """The factors of a place as they are stored, bf16; an A that was not trained stays the very tensor it was."""
@@ -107,7 +112,7 @@ class Places:
             found[name] = LowRank(A, flat[b].view(start[name].B.shape), start[name].c)
         return found
 
-    def _flat(self, start: Adapter) -> Tensor:
+    def flat(self, start: Adapter) -> Tensor:
         """The factors that are trained, as they lie in a place; the last start is kept, since many share one."""
         if self._last is None or self._last[0] is not start:
             for name, update in start.items():
@@ -115,7 +120,8 @@ class Places:
                     raise ValueError(f"{name}: adapters trained side by side must have one scale alpha / rank")
                 if self._frozen and update.A is not self._like[name].A:
                     raise ValueError(f"{name}: adapters trained side by side must share an A that is not trained")
-            parts = [factor for u in start.values() for factor in ([u.B] if self._frozen else [u.A, u.B])]
+            first = [] if self._frozen else [update.A for update in start.values()]
+            parts = first + [update.B for update in start.values()]
             self._last = start, torch.cat([part.to(self._factors).reshape(-1) for part in parts])
         return self._last[1]
 
@@ -137,6 +143,36 @@ class Places:
         On a GPU a step is captured as a graph: launching its thousands of small kernels takes longer than running them.
         Raises UsageError for a base that runs a linear twice, or on other tokens than were put in.
         """
+        return self._run(batch, hyper)
+
+    def learn(self, batch: Batch) -> Tensor:
+        """The mean loss of each place [places], whose gradients are then in `gradient`; no factor is changed.
+
+        As `step`, of which a `Places` takes either one or the other.
+        """
+        return self._run(batch, None)
+
+    def learn_packed(self, passages: Sequence[Passage]) -> Tensor:
+        """The mean loss over the tokens of at most one passage a place, laid end to end; gradients as in `learn`.
+
+        Without padding, which a CPU would compute too; the gradients of places without a passage mean nothing.
+        """
+        value = self.loss_packed(passages)
+        torch.autograd.backward(value, inputs=[self._anchor])
+        return value.detach()
+
+    def loss_packed(self, passages: Sequence[Passage]) -> Tensor:
+        """The mean loss over the tokens of at most one passage a place."""
+        torch.mul(self._factors, self._scale, out=self._applied)
+        packed = pack(passages, self.model.device)
+        self._turn.begin(packed.ids.numel(), packed.lengths)
+        return loss(self.model, packed)
+
+    def gradient(self, place: int) -> Tensor:
+        """dloss/dfactors of a place after the last `learn` [parameters], fp32."""
+        return self._gradient[place].float().mul_(self._scale)
+
+    def _run(self, batch: Batch, hyper: Hyper | None) -> Tensor:
         if self.model.device.type != "cuda" or self._failed is not None:
             return self._step(batch, hyper)
         shape = tuple(batch.ids.shape)
@@ -149,7 +185,7 @@ class Places:
                 return self._step(batch, hyper)
             self._graphs[shape] = captured
         held = self._graphs[shape]
-        for mine, given in zip((*held.batch, *held.hyper), (*batch, *hyper), strict=True):
+        for mine, given in zip((*held.batch, *(held.hyper or ())), (*batch, *(hyper or ())), strict=True):
             mine.copy_(given)
         held.graph.replay()
         return held.losses.clone()
@@ -162,9 +198,10 @@ class Places:
             _, nll = weighted_loss(self.model, batch.ids, batch.targets, batch.weights)
         return nll.view(self.count, -1).sum(dim=1)
 
-    def _captured(self, batch: Batch, hyper: Hyper) -> _Graph | None:
+    def _captured(self, batch: Batch, hyper: Hyper | None) -> _Graph | None:
         """The step as a graph, not run yet; None, and no other attempt, where the base's forward cannot be captured."""
-        mine, own = Batch(*map(torch.clone, batch)), Hyper(*map(torch.clone, hyper))
+        mine = Batch(*map(torch.clone, batch))
+        own = None if hyper is None else Hyper(*map(torch.clone, hyper))
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
@@ -176,12 +213,13 @@ class Places:
         self._pool = graph.pool()
         return _Graph(graph, mine, own, losses)
 
-    def _step(self, batch: Batch, hyper: Hyper) -> Tensor:
+    def _step(self, batch: Batch, hyper: Hyper | None) -> Tensor:
         torch.mul(self._factors, self._scale, out=self._applied)
         self._turn.begin(batch.ids.numel())
         total, nll = weighted_loss(self.model, batch.ids, batch.targets, batch.weights)
         torch.autograd.backward(total, inputs=[self._anchor])
-        self._descend(hyper)
+        if hyper is not None:
+            self._descend(hyper)
         return nll.view(self.count, -1).sum(dim=1)
 
     def finite(self, place: int) -> bool:
@@ -215,8 +253,9 @@ class Places:
 class _Turn:
     """One way through the base: how many tokens were put in, and which linears have run."""
 
-    def begin(self, tokens: int) -> None:
-        self.tokens, self.seen = tokens, set[str]()
+    def begin(self, tokens: int, lengths: list[int] | None = None) -> None:
+        """So many tokens, of each place as many as of the others, or so many of the first places as `lengths` say."""
+        self.tokens, self.lengths, self.seen = tokens, lengths, set[str]()
 
     def check(self, name: str, rows: int) -> None:
         """Raises UsageError for a linear that has run before, or on other rows: its gradients would be wrong."""
@@ -242,11 +281,15 @@ class _Beside(nn.Module):
         self._name, self._tensors, self._turn = name, tensors, turn
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d_in] → [..., d_out]; the rows of the places lie one after the other, as many for each."""
+        """[..., d_in] → [..., d_out]; the rows of the places lie one after the other."""
         weight, bias = weight_of(self.base), getattr(self.base, "bias", None)
         rows = x.reshape(-1, x.shape[-1])
         self._turn.check(self._name, len(rows))
-        y: Tensor = _Apply.apply(rows, weight, bias, *self._tensors)  # type: ignore[no-untyped-call]
+        lengths = self._turn.lengths
+        if lengths is None:
+            y: Tensor = _Apply.apply(rows, weight, bias, *self._tensors)  # type: ignore[no-untyped-call]
+        else:
+            y = _ApplyPacked.apply(rows, weight, bias, *self._tensors, lengths)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -280,3 +323,36 @@ class _Apply(torch.autograd.Function):
             dx = g @ dequantised(weight)
             dx.view(len(A), -1, dx.shape[-1]).baddbmm_(narrow_g, A)
         return dx, None, None, None, None, None, None, None
+
+
+class _ApplyPacked(torch.autograd.Function):
+    """`_Apply` where place i has the next `lengths[i]` rows, and no more places have any than there are lengths."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, anchor: Tensor, lengths: list[int],
+    ) -> Tensor:  # fmt: skip
+        y = F.linear(x, weight, bias)
+        narrow = [part @ A[place].t() for place, part in enumerate(torch.split(x, lengths))]
+        for place, (part, thin) in enumerate(zip(torch.split(y, lengths), narrow, strict=True)):
+            part.addmm_(thin, B[place].t())
+        ctx.save_for_backward(x, weight, *narrow)
+        ctx.factors = (A, B, dA, dB, lengths)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *narrow = ctx.saved_tensors
+        A, B, dA, dB, lengths = ctx.factors
+        g = grads[0]
+        dx = g @ dequantised(weight) if ctx.needs_input_grad[0] else None
+        into = [None] * len(lengths) if dx is None else torch.split(dx, lengths)
+        parts = zip(torch.split(g, lengths), torch.split(x, lengths), narrow, into, strict=True)
+        for place, (out, rows, thin, back) in enumerate(parts):
+            thin_g = out @ B[place]
+            torch.mm(out.t(), thin, out=dB[place])
+            torch.mm(thin_g.t(), rows, out=dA[place])
+            if back is not None:
+                back.addmm_(thin_g, A[place])
+        return dx, None, None, None, None, None, None, None, None

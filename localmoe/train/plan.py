@@ -22,7 +22,7 @@ from localmoe.train.clustering import advised_clusters
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
-from localmoe.train.groundwork import check_settings, expert_batch, expert_epochs
+from localmoe.train.groundwork import check_settings, expert_batch, expert_epochs, trunk_epochs
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import EXPERTS, judges_of
 from localmoe.train.rows import Rows, read_rows
@@ -205,11 +205,13 @@ def _times(
     after_trunk = config.train.recipe != "paper" and bool(rows.where("train", ()))
     with threads(config.threads):
         speed, expert_speed, check_speed = _probe(model, work, rows, config, after_trunk, watch)
-    train_tokens = expert_epochs(config.train, after_trunk) * int(rows.tokens[rows.train].sum())
-    public = config.train.trunk_epochs * int(rows.tokens[rows.where("train", ())].sum())
+    everything, public = (int(rows.tokens[part].sum()) for part in (rows.train, rows.where("train", ())))
+    joint = config.train.recipe == "joint"
+    train_tokens = expert_epochs(config.train, after_trunk) * (everything - (public if joint else 0))
+    public = round(trunk_epochs(config.train) * public)
     tried = min(config.search.tokens, public) / speed if len(judges_of(rows)) >= ENOUGH else 0.0
     tune = rows.where("tune")
-    if after_trunk and len(tune) >= ENOUGH:
+    if after_trunk and not joint and len(tune) >= ENOUGH:
         tried += train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) / expert_speed
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))

@@ -11,7 +11,7 @@ from localmoe.train import experts as training
 from localmoe.train.checks import ENOUGH, mean_nll
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import AdapterTask
-from localmoe.train.groundwork import TRUNK, Groundwork
+from localmoe.train.groundwork import TRUNK, Groundwork, rate_after_trunk, trunk_epochs
 from localmoe.train.progress import Event, Watch
 from localmoe.train.rows import Rows
 
@@ -68,7 +68,7 @@ def search_rate(ground: Groundwork, watch: Watch) -> float:
         watch(Event("rates", 1, 1, f"no rates were tried, {config.learning_rate:g} is used: {why}"))
         return config.learning_rate
     task = ground.task(TRUNK, ground.config.seed, None, public, judges)
-    epochs = min(config.trunk_epochs, asked.tokens / ground.tokens(public, 1.0))
+    epochs = min(trunk_epochs(config), asked.tokens / ground.tokens(public, 1.0))
     task = replace(task, epochs=epochs, floor=0.0)
     tried = _tried(ground, "trunk", lambda factor: [replace(task, learning_rate=config.learning_rate * factor)], watch)
     best = lowest_of_the_best(tried)
@@ -76,28 +76,29 @@ def search_rate(ground: Groundwork, watch: Watch) -> float:
 
 
 def search_expert_rate(ground: Groundwork, start: AdapterRecord | None, watch: Watch) -> float:
-    """The experts' rate as a multiple of the trunk's: `train.expert_rate`, times the best of `search.rates`.
+    """The rate of experts after a trunk, as a multiple of its: `train.expert_rate`, times the best of `search.rates`.
 
     Each trial trains a few experts, those with the most tune documents near them, and the mean nll of these documents
-    decides. Experts that start from the base are trained at the trunk's rate, and nothing is tried.
+    decides. Experts that start from the base are trained at the trunk's rate, and nothing is tried; nor for recipe
+    `joint`, where most are trained with the trunk.
     """
-    config, asked = ground.config.train, ground.config.search
-    if not asked.rates or start is None:
-        return config.expert_rate
+    asked, unit = ground.config.search, rate_after_trunk(ground.config.train)
+    if not asked.rates or start is None or ground.config.train.recipe == "joint":
+        return unit
     order = sorted(range(len(ground.tune)), key=lambda k: (-len(ground.tune[k]), k))
     chosen = [k for k in order if len(ground.tune[k]) >= ENOUGH][:EXPERTS]
     if not chosen:
-        watch(Event("rates", 1, 1, f"{config.expert_rate:g} of it for experts, not tried: they have no tune documents"))
-        return config.expert_rate
+        watch(Event("rates", 1, 1, f"{unit:g} of it for experts, not tried: they have no tune documents"))
+        return unit
 
     def tasks(factor: float) -> list[AdapterTask]:
-        at_rate = replace(ground, expert_rate=config.expert_rate * factor)
+        at_rate = replace(ground, expert_rate=unit * factor)
         return [at_rate.expert_task(k, start) for k in chosen]
 
     tried = _tried(ground, "experts", tasks, watch)
     best = min(tried, key=tried.__getitem__)
     judges = f"{sum(len(ground.tune[k]) for k in chosen)} tune documents of {len(chosen)} experts"
-    return config.expert_rate * _told(tried, best, ground.learning_rate * config.expert_rate, judges, watch)
+    return unit * _told(tried, best, ground.learning_rate * unit, judges, watch)
 
 
 def _tried(

@@ -13,7 +13,7 @@ from localmoe.bank.files import write_json, write_table, write_tensors, write_te
 from localmoe.bank.manifest import ExpertRecord, FileRecord, Kind, RouterRecord
 from localmoe.encoders import Encoder
 from localmoe.routing import Centroids
-from localmoe.train.activity import PREFIX_TOKENS, search_active
+from localmoe.train.activity import prompts_of, search_active
 from localmoe.train.checks import choose_beta
 from localmoe.train.experts import AdapterResult
 from localmoe.train.groundwork import Groundwork
@@ -54,12 +54,8 @@ def choose_router(
     rows = [expert.row for expert in usable]
     vectors, means = (torch.from_numpy(part[rows]) for part in (ground.clusters.centroids, ground.clusters.means))
     centroids = Centroids(tuple(expert.id for expert in usable), vectors, "", means)
-    prefixes, rows_tried = [], []
-    for row, document in ground.work.chosen(ground.rows.where("tune", ())):
-        rows_tried.append(row)
-        ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
-        prefixes.append(tokenizer.decode(ids, skip_special_tokens=True))
-    queries = encoder.encode(prefixes)
+    rows_tried, prompts = prompts_of(ground, tokenizer)
+    queries = encoder.encode(prompts)
     active = search_active(ground, rows_tried, queries, centroids, usable, watch)
     record, note = choose_beta(queries, centroids, replace(ground.config.route, active=active))
     found = f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt" if record.active else ""

@@ -97,7 +97,7 @@ def train_together(
             if not any(held):
                 break
             batches = [[] if course is None else course.batches[len(course.losses)] for course in held]
-            losses = room.step(_batch(batches, rows, length, model.device), _hyper(held, model.device))
+            losses = room.step(batch_of(batches, rows, length, model.device), _hyper(held, model.device))
             seen = 0
             for place, course in enumerate(held):
                 if course is None:
@@ -112,7 +112,7 @@ def train_together(
     return [results[number] for number in range(len(jobs))]
 
 
-def _batch(batches: Sequence[Sequence[Passage]], rows: int, length: int, device: torch.device) -> Batch:
+def batch_of(batches: Sequence[Sequence[Passage]], rows: int, length: int, device: torch.device) -> Batch:
     """A batch for every place, filled up to `rows` passages of one, two, three or four quarters of `length`."""
     quarter = -(-length // 4)
     longest = max(len(passage) for batch in batches for passage in batch)
@@ -153,7 +153,7 @@ def _result(room: Places, place: int, course: _Course) -> Trained | DivergedErro
         return DivergedError("the factors are not finite after training")
     last = min(course.batches[-1], key=len)  # what the last step did, no loss has seen yet
     alone = [[last] if other == place else [] for other in range(room.count)]
-    after = float(room.losses(_batch(alone, 1, len(last), room.model.device))[place])
+    after = float(room.losses(batch_of(alone, 1, len(last), room.model.device))[place])
     if not math.isfinite(after):
         return DivergedError(f"the loss became {after}")
     tokens = sum(passage.predicted for batch in course.batches for passage in batch)

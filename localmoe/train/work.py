@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ class Work:
         """An array, memory-mapped."""
         array: np.ndarray = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         return array
+
+    def write_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """What a training goes on from, whole or not at all."""
+
+        def write(target: Path) -> None:
+            with target.open("wb") as file:  # a full disk is an OSError then
+                torch.save(dict(state), file)
+
+        self._whole(name, write)
+
+    def read_state(self, name: str) -> dict[str, Any]:
+        """What a training goes on from."""
+        state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
+        return state
+
+    def remove(self, name: str) -> None:
+        """Remove what is not needed again."""
+        (self.path / name).unlink(missing_ok=True)
 
     def documents(self) -> Iterator[list[Document]]:
         """The documents in batches, in the order of their rows."""

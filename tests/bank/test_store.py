@@ -137,7 +137,8 @@ def test_threads_that_open_experts_at_once_get_one_trunk(make_bank) -> None:
 
 def test_an_expert_with_an_a_of_its_own_is_refused_under_a_shared_trunk(tmp_path: Path) -> None:
     manifest = write_bank(tmp_path, shared=True)
-    stranger = write_adapter(tmp_path, "experts/tea", random_adapter(5), "tiny", False)
+    trained = manifest.experts[2].adapter.training if manifest.experts[2].adapter else None
+    stranger = write_adapter(tmp_path, "experts/tea", random_adapter(5), "tiny", False, trained)
     experts = (*manifest.experts[:2], replace(manifest.experts[2], adapter=stranger))
     commit(tmp_path, replace(manifest, experts=experts))
     bank = Bank.open(tmp_path)
@@ -145,6 +146,18 @@ def test_an_expert_with_an_a_of_its_own_is_refused_under_a_shared_trunk(tmp_path
     with pytest.raises(BankError, match=r"experts/tea-.* the A of layers.0.*is not the trunk's"):
         bank.adapter("tea")
     assert any("not the trunk's" in problem for problem in verify(bank))
+
+
+def test_an_imported_expert_keeps_its_own_a_under_a_shared_trunk(tmp_path: Path) -> None:
+    manifest = write_bank(tmp_path, shared=True)
+    imported = write_adapter(tmp_path, "experts/tea", random_adapter(5), "tiny", False)
+    commit(tmp_path, replace(manifest, experts=(*manifest.experts[:2], replace(manifest.experts[2], adapter=imported))))
+    bank = Bank.open(tmp_path)
+    trunk = bank.trunk()
+    assert trunk is not None
+    assert all(not torch.equal(update.A, trunk[name].A) for name, update in bank.adapter("tea").items())
+    assert all(update.A is trunk[name].A for name, update in bank.adapter("birds").items())
+    assert verify(bank) == []
 
 
 @pytest.mark.parametrize("tenth", range(10))

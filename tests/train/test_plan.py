@@ -71,7 +71,9 @@ def _measured(source: Path, config: BuildConfig, events: list[Event]) -> Plan:
 def test_times_follow_from_tokens_and_measured_speed(tiny_corpus: Path, config: BuildConfig) -> None:
     events: list[Event] = []
     found = _measured(
-        tiny_corpus, replace(config, train=TrainConfig(rank=4, epochs=2, trunk_epochs=0.5, batch=8)), events
+        tiny_corpus,
+        replace(config, train=TrainConfig(recipe="trunk", rank=4, epochs=2, trunk_epochs=0.5, batch=8)),
+        events,
     )
     times = found.times
     assert times is not None
@@ -97,7 +99,7 @@ def test_the_probe_stops_after_its_steps(
 ) -> None:
     monkeypatch.setattr(planning, "STEPS", 2)
     events: list[Event] = []
-    _measured(tiny_corpus, replace(config, train=TrainConfig(rank=4, batch=2)), events)
+    _measured(tiny_corpus, replace(config, train=TrainConfig(recipe="trunk", rank=4, batch=2)), events)
     assert len([event for event in events if event.stage == "trunk" and event.done > 0]) == 3
 
 

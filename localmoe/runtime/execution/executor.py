@@ -204,7 +204,7 @@ class Executor:
 
     @cached_property
     def _shared(self) -> SharedFactors | None:
-        trunk = self.bank.trunk() if self.bank.manifest.recipe == "trunk-shared" else None
+        trunk = self.bank.trunk() if self.bank.manifest.shared_factors else None
         return None if trunk is None else shared_factors(trunk, self.layout)
 
     def _pieces(self, mix: Mix) -> list[tuple[PackedExpert, float]] | dict[str, Tensor]:

@@ -17,11 +17,11 @@ TOLERANCE = 2e-4  # fp32, logits of size 1 to 10
 
 
 def bank(adapters: Mapping[str, Adapter], trunk: Adapter | None = None) -> Any:
-    """What an executor reads of a bank; with a trunk its recipe is `trunk-shared`."""
+    """What an executor reads of a bank; with a trunk its experts have the trunk's A."""
     records = [SimpleNamespace(id=name, adapter=SimpleNamespace(sha256=f"hash of {name}")) for name in adapters]
     manifest = SimpleNamespace(
         digest="digest",
-        recipe="trunk" if trunk is None else "trunk-shared",
+        shared_factors=trunk is not None,
         trunk=None if trunk is None else SimpleNamespace(sha256="hash of the trunk"),
         base=SimpleNamespace(weights="weights"),
         experts=records,

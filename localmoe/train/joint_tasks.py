@@ -1,0 +1,155 @@
+"""Recipe `joint`: the mixes that documents train by, and trunk and experts left in the bank with their records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from localmoe.bank.manifest import Outcome
+from localmoe.config import as_dict
+from localmoe.encoders import Encoder
+from localmoe.lora import Adapter, stack
+from localmoe.routing import Centroids, route
+from localmoe.train.activity import prompts_of
+from localmoe.train.checks import Nll, choose_beta, document_nll, outcome
+from localmoe.train.course import DivergedError, Progress
+from localmoe.train.experts import (
+    ATTEMPTS,
+    AdapterResult,
+    AdapterTask,
+    left_in_bank,
+    model_of,
+    passages_of,
+    result_file,
+    tokens_of,
+    tune_documents,
+)
+from localmoe.train.groundwork import Groundwork, rate_beside_trunk
+from localmoe.train.joint import JointJob, JointTrained, Weights, train_jointly
+from localmoe.train.training import fresh_adapter
+from localmoe.train.work import Work
+
+
+def public_experts(ground: Groundwork) -> list[int]:
+    """The clusters of public documents, whose experts are trained with the trunk."""
+    return [k for k, access in enumerate(ground.clusters.access) if not access]
+
+
+def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder: Encoder) -> dict[int, Weights]:
+    """Row of every public train and tune document → weights over `public_experts`, as the bank will route.
+
+    β is found as for the finished bank: on the first tokens of tune documents, for `route.active` experts.
+    """
+    experts = public_experts(ground)
+    vectors, means = (torch.from_numpy(part[experts]) for part in (ground.clusters.centroids, ground.clusters.means))
+    names = [ground.expert_ids[k] for k in experts]
+    centroids = Centroids(tuple(names), vectors, "", means)
+    _, prompts = prompts_of(ground, tokenizer)
+    record, _ = choose_beta(encoder.encode(prompts), centroids, ground.config.route)
+    rows = [*ground.rows.where("train", ()), *ground.rows.where("tune", ())]
+    queries = torch.nn.functional.normalize(torch.from_numpy(embeddings[rows]), dim=1)
+    mixes = route(queries, centroids, replace(ground.config.route, beta=record.beta))
+    place = {name: number for number, name in enumerate(names)}
+    return {
+        row: tuple((place[name], weight) for name, weight in zip(mix.experts, mix.weights, strict=True))
+        for row, mix in zip(rows, mixes, strict=True)
+    }
+
+
+def run_jointly(
+    trunk: AdapterTask, experts: Sequence[AdapterTask], mixes: Mapping[int, Weights], progress: Progress | None = None
+) -> AdapterResult:
+    """The trunk's result and, left in the work folder, those of the experts, all trained in the same steps.
+
+    mixes: row of every train and tune document → weights over `experts`. An expert is good if the tune documents
+    nearest to it are better off with their mixes than with the trunk. An interrupted training goes on from the state
+    that was kept last; one that diverges is begun again at half the rate.
+    """
+    work = Work(Path(trunk.bank), trunk.key)
+    if not work.has(result_file(trunk.name)):
+        try:
+            found, rate, attempts = _trained(work, trunk, experts, mixes, progress)
+        except DivergedError as error:
+            return AdapterResult(None, Outcome("failed", 0, None, None, error.what))
+        _keep(work, trunk, experts, mixes, found, rate, attempts)
+        work.remove(_state(attempts))
+    return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(trunk.name)))
+
+
+def _trained(
+    work: Work,
+    trunk: AdapterTask,
+    experts: Sequence[AdapterTask],
+    mixes: Mapping[int, Weights],
+    progress: Progress | None,
+) -> tuple[JointTrained, float, int]:
+    """The training, the trunk's rate in it, and how many were begun."""
+    passages = list(passages_of(work, trunk))
+    job = JointJob(
+        [(passage, mixes[row]) for (row, _), passage in passages],
+        len(experts),
+        fresh_adapter(model_of(trunk), trunk.config, trunk.seed),
+        trunk.config,
+        trunk.learning_rate,
+        rate_beside_trunk(trunk.config),
+        trunk.seed,
+        tokens_of(trunk, [passage for _, passage in passages]),
+    )
+    begun = max((attempt for attempt in range(1, ATTEMPTS + 1) if work.has(_state(attempt))), default=1)
+    for attempt in range(begun, ATTEMPTS + 1):
+        name = _state(attempt)
+        kept = work.read_state(name) if work.has(name) else None
+        at_rate = replace(job, rate=job.rate / 2 ** (attempt - 1))
+        if kept is not None and progress is not None:
+            progress(kept["seen"])
+        try:
+            found = train_jointly(model_of(trunk), at_rate, progress, lambda state: work.write_state(name, state), kept)  # noqa: B023
+        except DivergedError as error:
+            diverged = error
+            continue
+        return found, at_rate.rate, attempt
+    raise diverged
+
+
+def _state(attempt: int) -> str:
+    return f"joint-{attempt}.pt"
+
+
+def _keep(
+    work: Work,
+    trunk: AdapterTask,
+    experts: Sequence[AdapterTask],
+    mixes: Mapping[int, Weights],
+    found: JointTrained,
+    rate: float,
+    attempts: int,
+) -> None:
+    """Adapters and results, the trunk's last: it says that all are there."""
+    reference, own = found.trunk.adapter, [expert.adapter for expert in found.experts]
+    expert_rate = rate * rate_beside_trunk(trunk.config)
+    for task, one in zip(experts, found.experts, strict=True):
+        judged = _judged(work, task, reference, lambda row: _mix(own, mixes[row]))
+        result = left_in_bank(task, one, expert_rate, attempts, judged, with_trunk=True)
+        work.write_json(result_file(task.name), as_dict(result))
+    judged = _judged(work, trunk, None, lambda _row: reference)
+    work.write_json(result_file(trunk.name), as_dict(left_in_bank(trunk, found.trunk, rate, attempts, judged)))
+
+
+def _judged(work: Work, task: AdapterTask, reference: Adapter | None, adapter_of: Callable[[int], Adapter]) -> Outcome:
+    """What the task's tune documents say of the adapter that each of them would get."""
+    model, documents = model_of(task), tune_documents(work, task)
+    own: dict[int, Nll] = {}
+    for row, passages in documents.items():
+        own |= document_nll(model, {row: passages}, adapter_of(row))
+    return outcome(own, document_nll(model, documents, reference))
+
+
+def _mix(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
+    """Σ w_k of the experts, at their one A."""
+    return {module: stack([adapters[k][module].scaled(weight) for k, weight in weights]) for module in adapters[0]}

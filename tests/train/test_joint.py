@@ -1,0 +1,177 @@
+"""Joint training: its gradients against PyTorch's own, what is shared, and going on after an interruption."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from localmoe.config import TrainConfig
+from localmoe.lora import LowRank, attached, stack
+from localmoe.models import packed
+from localmoe.packing import loss, pack
+from localmoe.train import joint
+from localmoe.train.course import DivergedError, batches_of, schedule
+from localmoe.train.joint import JointJob, State, Weights, train_jointly
+from localmoe.train.training import fresh_adapter, train
+
+CONFIG = TrainConfig(rank=3, alpha=6.0, batch=2, weight_decay=0.05)
+LENGTHS = (20, 12, 7, 16, 9)
+
+
+def _job(model: Any, weights: Sequence[Weights] | None = None, count: int = 3, **changes: Any) -> JointJob:
+    mixes = (
+        weights if weights is not None else ([(0, 1.0)], [(0, 0.5), (2, 0.5)], [(2, 1.0)], [(1, 0.25), (2, 0.75)], [])
+    )
+    passages = tuple(zip(tiny.passages(*LENGTHS), mixes, strict=True))
+    job = JointJob(passages, count, fresh_adapter(model, CONFIG, 0), CONFIG, 1e-2, 0.5, seed=0, tokens=150)
+    return dataclasses.replace(job, **changes)
+
+
+def _by_autograd(model: Any, job: JointJob) -> tuple[dict[str, list[torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """(A, B₀) and the b_k after the same steps, one document after the other through `attached` and PyTorch's AdamW."""
+    factors = {
+        name: [u.A.float().clone().requires_grad_(), u.B.float().clone().requires_grad_()]
+        for name, u in job.start.items()
+    }
+    own = [
+        {name: torch.zeros_like(u.B, dtype=torch.float32, requires_grad=True) for name, u in job.start.items()}
+        for _ in range(job.count)
+    ]
+    groups = [[f for pair in factors.values() for f in pair], *(list(one.values()) for one in own)]
+    optimizers = [torch.optim.AdamW(group, weight_decay=job.config.weight_decay) for group in groups]
+    weights = {id(passage): mix for passage, mix in job.passages}
+    batches = batches_of([passage for passage, _ in job.passages], job.config, job.seed, job.tokens)
+    for step, batch in enumerate(batches):
+        total, met = sum(passage.predicted for passage in batch), {k for p in batch for k, _ in weights[id(p)]}
+        for passage in batch:
+            mix = weights[id(passage)]
+            merged = {
+                name: LowRank(
+                    A.detach(),
+                    (B + sum((w * own[k][name] for k, w in mix), torch.zeros(()))).detach(),
+                    job.start[name].c,
+                )
+                for name, (A, B) in factors.items()
+            }
+            with attached(model, merged, train_A=True, train_B=True) as modules, packed(model):
+                (loss(model, pack([passage])) * passage.predicted / total).backward()
+            for name, module in modules.items():
+                for parameter, gradient, share in [
+                    (factors[name][0], module.A.grad, 1.0),
+                    (factors[name][1], module.B.grad, 1.0),
+                    *((own[k][name], module.B.grad, w) for k, w in mix),
+                ]:
+                    parameter.grad = gradient * share + (0 if parameter.grad is None else parameter.grad)
+        now = job.rate * schedule(step, len(batches), job.config.warmup)
+        for number, (optimizer, group) in enumerate(zip(optimizers, groups, strict=True)):
+            if number == 0 or number - 1 in met:
+                torch.nn.utils.clip_grad_norm_(group, job.config.clip)
+                optimizer.param_groups[0]["lr"] = now * (1.0 if number == 0 else job.expert_rate)
+                optimizer.step()
+            optimizer.zero_grad()
+    return factors, own
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_steps_are_those_of_autograd_on_the_formula(name: str) -> None:
+    model = tiny.base(name)
+    job, before = _job(model), tiny.checksum(model)
+    found = train_jointly(model, job)
+    assert tiny.checksum(model) == before
+    factors, own = _by_autograd(model, job)
+    for module, (A, B) in factors.items():
+        for adapter, extra in [
+            (found.trunk.adapter, 0.0),
+            *((e.adapter, b[module]) for e, b in zip(found.experts, own, strict=True)),
+        ]:
+            torch.testing.assert_close(adapter[module].A.float(), A.detach(), rtol=2e-2, atol=2e-3)
+            torch.testing.assert_close(adapter[module].B.float(), (B + extra).detach(), rtol=2e-2, atol=2e-3)
+            assert torch.equal(adapter[module].c, job.start[module].c)
+
+
+def test_experts_share_the_first_factor_of_the_trunk_and_their_mix_has_its_rank() -> None:
+    model = tiny.base("llama")
+    found = train_jointly(model, _job(model))
+    for module, trunk in found.trunk.adapter.items():
+        updates = [expert.adapter[module] for expert in found.experts]
+        assert all(update.A is trunk.A for update in updates)
+        assert all(not torch.equal(update.B, trunk.B) for update in updates)
+        assert stack([update.scaled(1 / 3) for update in updates]).rank == CONFIG.rank
+
+
+def test_what_is_told_of_a_training() -> None:
+    model = tiny.base("llama")
+    seen: list[int] = []
+    job = _job(model)
+    job = dataclasses.replace(job, tokens=sum(passage.predicted for passage, _ in job.passages))
+    found = train_jointly(model, job, progress=seen.append)
+    assert sum(seen) == found.trunk.tokens == job.tokens
+    assert found.trunk.steps == len(seen) == 3
+    for k, expert in enumerate(found.experts):
+        shares = [dict(mix).get(k, 0.0) * passage.predicted for passage, mix in job.passages]
+        assert expert.tokens == round(sum(shares))
+
+
+def test_an_expert_that_no_document_teaches_is_the_trunk() -> None:
+    model = tiny.base("llama")
+    found = train_jointly(model, _job(model, weights=[[(0, 1.0)]] * len(LENGTHS), count=2))
+    assert found.experts[1] == dataclasses.replace(found.trunk, tokens=0, steps=0)
+
+
+def test_without_experts_it_is_the_plain_training() -> None:
+    model = tiny.base("llama")
+    job = _job(model, weights=[[]] * len(LENGTHS), count=1)
+    plain = train(model, [passage for passage, _ in job.passages], job.start, CONFIG, job.rate, job.seed, job.tokens)
+    found = train_jointly(model, job)
+    assert found.trunk.tokens == plain.tokens
+    assert found.trunk.last_loss == pytest.approx(plain.last_loss, abs=2e-4)
+    for module, update in found.trunk.adapter.items():
+        torch.testing.assert_close(update.A.float(), plain.adapter[module].A.float(), rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(update.B.float(), plain.adapter[module].B.float(), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_an_interrupted_training_goes_on_to_the_same_bytes(
+    stop: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(joint, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(joint, "SAVE_SHARE", 1e9)
+    model = tiny.base("llama")
+    whole = train_jointly(model, _job(model))
+
+    def keep(state: State) -> None:
+        torch.save(state, tmp_path / "state.pt")
+
+    steps = 0
+
+    def interrupt(_tokens: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps > stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_jointly(model, _job(model), interrupt, keep)
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(kept["losses"]) == stop
+    again = train_jointly(model, _job(model), kept=kept)
+    for one, other in zip((whole.trunk, *whole.experts), (again.trunk, *again.experts), strict=True):
+        assert (one.tokens, one.steps, one.first_loss, one.last_loss) == (
+            other.tokens,
+            other.steps,
+            other.first_loss,
+            other.last_loss,
+        )
+        for module, update in one.adapter.items():
+            assert torch.equal(update.A, other.adapter[module].A)
+            assert torch.equal(update.B, other.adapter[module].B)
+
+
+def test_a_training_that_diverges_says_so() -> None:
+    model = tiny.base("llama")
+    wild = _job(model, rate=1e30, config=dataclasses.replace(CONFIG, clip=1e30))
+    with pytest.raises(DivergedError):
+        train_jointly(model, wild)
