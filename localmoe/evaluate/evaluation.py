@@ -19,7 +19,7 @@ from localmoe.config import EvalConfig, as_dict
 from localmoe.errors import ConfigError, LocalMoEError
 from localmoe.evaluate import baselines, full, merged, ttt  # noqa: F401 - they register methods
 from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods
-from localmoe.evaluate.gaps import closed_gap
+from localmoe.evaluate.gaps import closed_gaps
 from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
@@ -32,7 +32,7 @@ from localmoe.train.work import Work
 
 DEFAULT = "merged"
 """The method that is what a bank does as it is shipped."""
-BASELINES = ("fine-tuned", "trunk", "base", "ensemble", "ttt-trunk", "fine-tuned-full")
+BASELINES = ("fine-tuned", "trunk", "base", "ensemble", "ttt-trunk", "ttt-fine-tuned", "fine-tuned-full")
 """What every method is compared with, where they were scored."""
 
 
@@ -273,6 +273,4 @@ def _comparisons(results: Results, seed: int) -> tuple[ComparisonRow, ...]:
 
 def _with_gap(method: MethodResult, results: Results) -> MethodResult:
     """What is shipped also says which share of the way to test-time training it goes."""
-    return (
-        replace(method, detail=method.detail | {"gap": closed_gap(results, method.name)}) if method.default else method
-    )
+    return replace(method, detail=method.detail | closed_gaps(results, method.name)) if method.default else method

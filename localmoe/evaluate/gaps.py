@@ -1,4 +1,4 @@
-"""Gaps: which share of the way from the trunk to test-time training a method goes, as a record and as a sentence."""
+"""Gaps: which share of the way from an adapter to test-time training from it a method goes, as records and in words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from localmoe.evaluate.verdicts import noun
 from localmoe.quantities import percent
 
 NEAR, FAR = "trunk", "ttt-trunk"
+GAPS = {"gap": (NEAR, FAR), "gap_from_fine_tuned": ("fine-tuned", "ttt-fine-tuned")}
+"""Key in the shipped default's `detail` → where the way begins and ends."""
 
 
-def closed_gap(results: Results, method: str, near: str = NEAR, far: str = FAR) -> dict[str, Any]:
+def closed_gap(results: Results, method: str, near: str, far: str) -> dict[str, Any]:
     """Which share of the gap from `near` to `far` a method closes, on the documents that all three were scored on.
 
     {"share", "interval", "documents"}, or {"share": None, "found": why} where there is no gap or no such method.
@@ -45,16 +47,33 @@ def out_of_reach(results: Results) -> str | None:
     )
 
 
-def gap_sentence(results: Results) -> str | None:
-    """The gap that the shipped default closes, or why there is none; None where it or test-time training is missing."""
+def closed_gaps(results: Results, method: str) -> dict[str, dict[str, Any]]:
+    """`closed_gap` for each of `GAPS` whose end was scored."""
+    return {key: closed_gap(results, method, *way) for key, way in GAPS.items() if results.method(way[1]) is not None}
+
+
+def gap_sentences(results: Results) -> list[str]:
+    """The gaps that the shipped default closes, or why there is none; of those alone whose end was scored."""
     method = next((method for method in results.methods if method.default), None)
-    if method is None or results.method(FAR) is None:
-        return None
-    gap = method.detail.get("gap")
-    if gap is None:  # an evaluation that was interrupted
-        gap = closed_gap(results, method.name)
-    if gap["share"] is None:
-        return f"no share of the gap from {NEAR} to {FAR} can be told: {gap['found']}"
-    low, high = gap["interval"]
-    share = f"{gap['share'] * 100:.0f} % [{low * 100:.0f}, {high * 100:.0f}]"
-    return f"{noun(method)} closes {share} of the gap from {NEAR} to {FAR}, on {gap['documents']:,} documents"
+    if method is None:
+        return []
+    sentences = []
+    for key, found in closed_gaps(results, method.name).items():
+        near, far = GAPS[key]
+        gap = method.detail.get(key)
+        if gap is None:  # an evaluation that was interrupted
+            gap = found
+        if gap["share"] is None:
+            sentences.append(f"no share of the gap from {near} to {far} can be told: {gap['found']}")
+            continue
+        low, high = gap["interval"]
+        share = f"{gap['share'] * 100:.0f} % [{low * 100:.0f}, {high * 100:.0f}]"
+        on = f"on {gap['documents']:,} documents"
+        sentences.append(f"{noun(method)} closes {share} of the gap from {near} to {far}, {on}")
+    return sentences
+
+
+def closing_sentences(results: Results) -> list[str]:
+    """What stands below the table of an evaluation: the gaps that are closed, and what is out of reach."""
+    unreachable = out_of_reach(results)
+    return gap_sentences(results) + ([] if unreachable is None else [unreachable])

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from localmoe.evaluate.drawing import Plot, write_png
-from localmoe.evaluate.gaps import gap_sentence, out_of_reach
+from localmoe.evaluate.gaps import closing_sentences
 from localmoe.evaluate.page import (
     code_part,
     folded,
@@ -59,7 +59,7 @@ def report_markdown(results: Results, shown: list[Plot]) -> str:
         lines.append(f"**{_sentence(verdict(row, results))}**\n")
     lines.append(" · ".join(_facts(results)) + "\n")
     first, *others = _tables(results)
-    lines += [f"## {first.title}\n", markdown(first), *(f"{_sentence(text)}\n" for text in _gap(results))]
+    lines += [f"## {first.title}\n", markdown(first), *(f"{_sentence(text)}\n" for text in closing_sentences(results))]
     for table in others:
         lines += [f"## {table.title}\n", markdown(table)]
     for plot in shown:
@@ -79,7 +79,11 @@ def report_page(results: Results, shown: list[Plot]) -> str:
         parts.append(verdict_part(_sentence(verdict(row, results)), outcome(*row.interval)))
     parts.append(paragraph(" · ".join(_facts(results))))
     first, *others = _tables(results)
-    parts += [heading(first.title), table_part(first), *(paragraph(_sentence(text), "said") for text in _gap(results))]
+    parts += [
+        heading(first.title),
+        table_part(first),
+        *(paragraph(_sentence(text), "said") for text in closing_sentences(results)),
+    ]
     for plot in shown:
         parts += [heading(plot.title), plot_part(plot)]
     for table in others:
@@ -104,10 +108,6 @@ def _tables(results: Results) -> list[Table]:
 
 def _failures(results: Results) -> list[str]:
     return [f"The leak check {check.name!r} failed: {check.found}" for check in results.checks if not check.passed]
-
-
-def _gap(results: Results) -> list[str]:
-    return [sentence for sentence in (gap_sentence(results), out_of_reach(results)) if sentence is not None]
 
 
 def _facts(results: Results) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from localmoe.evaluate.baselines import neighbours, trunk_of, trunk_tokens
+from localmoe.evaluate.baselines import fine_tuned_adapter, neighbours, trunk_of, trunk_tokens
 from localmoe.evaluate.bench import Bench, Scores, methods
 from localmoe.evaluate.protocol import Trial
 from localmoe.lora import Adapter, attached
@@ -27,6 +27,13 @@ def ttt(bench: Bench) -> Scores:
 def ttt_trunk(bench: Bench) -> Scores:
     """Test-time training of a copy of the trunk."""
     return _trained(bench, trunk_of(bench), "ttt-trunk", trunk_tokens(bench))
+
+
+@methods.register("ttt-fine-tuned")
+def ttt_fine_tuned(bench: Bench) -> Scores:
+    """Test-time training of a copy of the equal-token fine-tune."""
+    start, found = fine_tuned_adapter(bench)
+    return _trained(bench, start, "ttt-fine-tuned", found.tokens)
 
 
 def _trained(bench: Bench, start: Adapter, title: str, before: int) -> Scores:

@@ -14,6 +14,7 @@ _NOUNS = {
     "null": "merging by shuffled centroids",
     "ttt": "test-time training",
     "ttt-trunk": "test-time training from the trunk",
+    "ttt-fine-tuned": "test-time training from the fine-tune",
     "context": "the nearest documents in the context",
     "nearest": "the nearest expert alone",
     "uniform": "merging with equal weights",

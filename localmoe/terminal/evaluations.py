@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from localmoe.config import EvalConfig
-from localmoe.evaluate.gaps import gap_sentence, out_of_reach
+from localmoe.evaluate.gaps import closing_sentences
 from localmoe.evaluate.statistics import outcome
 from localmoe.evaluate.tables import Table, headline, methods_table, subset_tables
 from localmoe.evaluate.verdicts import verdict
@@ -73,9 +73,8 @@ def show_results(console: Console, results: Results) -> None:
         console.print(plain(verdict(row, results), _OUTCOMES[outcome(*row.interval)]), soft_wrap=True)
         console.print()
     show_table(console, methods_table(results))
-    for sentence in (gap_sentence(results), out_of_reach(results)):
-        if sentence is not None:
-            console.print(plain(sentence), soft_wrap=True)
+    for sentence in closing_sentences(results):
+        console.print(plain(sentence), soft_wrap=True)
     for part in subset_tables(results):
         console.print()
         show_table(console, part)

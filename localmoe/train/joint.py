@@ -1,8 +1,9 @@
 """Joint training: a trunk and its experts in one course, every document by the mix of experts that it would get.
 
-All experts share A. A document with weights w has B = B₀ + Σ_k w_k b_k: the trunk (A, B₀) is taught by every document,
-b_k by those that expert k has a weight for. So a token trained on once serves both, and what is merged for a prompt is
-what was trained: Σ w_k (B₀ + b_k) A, since weights sum to 1.
+All experts share A. A document with weights w has B = B₀ + Σ_k w_k b_k: A and B₀ are taught by every document, b_k by
+those that expert k has a weight for. So a token trained on once serves both, and what is merged for a prompt is what
+was trained: Σ w_k (B₀ + b_k) A, since weights sum to 1. The trunk is the mean of the documents' mixes: b_k also hold
+what their documents have in common, so that (A, B₀) alone would be no model of anything.
 """
 
 from __future__ import annotations
@@ -231,6 +232,12 @@ class _Course:
         self._losses, self._tokens = list(state["losses"]), list(state["tokens"])
         self._own = [list(losses) for losses in state["own"]]
 
+    @property
+    def _mean(self) -> Weights:
+        """The mean mix: every expert's share of the tokens read."""
+        total = sum(self._tokens)
+        return [(k, tokens / total) for k, tokens in enumerate(self._tokens) if tokens > 0]
+
     def result(self) -> JointTrained:
         """The adapters as they are stored; raises DivergedError where a factor or the next loss is not finite."""
         last = min(self.batches[-1], key=len)  # what the last step did, no loss has seen yet
@@ -240,14 +247,15 @@ class _Course:
         if not math.isfinite(after):
             raise DivergedError(f"the loss became {after}")
         count = sum(passage.predicted for batch in self.batches for passage in batch)
-        trunk = trained(self._stored([], None), count, self._losses)
+        trunk = trained(self._stored(self._mean, None), count, self._losses)
         return JointTrained(trunk, tuple(self._expert(k, trunk) for k in range(self.job.count)))
 
     def _expert(self, k: int, trunk: Trained) -> Trained:
-        """Expert k; the trunk itself where no step taught it."""
+        """Expert k; what all documents taught where no step taught it, with the losses of all."""
+        adapter = self._stored([(k, 1.0)], trunk.adapter)
         if not self._own[k]:
-            return replace(trunk, tokens=0, steps=0)
-        return trained(self._stored([(k, 1.0)], trunk.adapter), round(self._tokens[k]), self._own[k])
+            return replace(trunk, adapter=adapter, tokens=0, steps=0)
+        return trained(adapter, round(self._tokens[k]), self._own[k])
 
     def _stored(self, weights: Weights, trunk: Adapter | None) -> Adapter:
         """A mix as bf16 factors; with a trunk its very A."""

@@ -20,7 +20,7 @@ from localmoe.evaluate import baselines, evaluation, leaks
 from localmoe.evaluate.baselines import fine_tuned_adapter, nearest_documents
 from localmoe.evaluate.bench import Bench, NotPossibleError, methods
 from localmoe.evaluate.evaluation import LeakError, evaluate
-from localmoe.evaluate.gaps import closed_gap
+from localmoe.evaluate.gaps import GAPS, closed_gap
 from localmoe.evaluate.merged import by_router, ensemble_nll, exchanged
 from localmoe.evaluate.protocol import Cut, trials_of
 from localmoe.evaluate.results import Results, read_results
@@ -317,7 +317,7 @@ def test_documents_are_limited_by_expert_and_in_all(engine: Engine, tmp_path: Pa
 
 def test_the_shipped_default_says_which_share_of_the_gap_it_closes(results: Results) -> None:
     merged = results.method("merged")
-    assert merged is not None and merged.detail["gap"] == closed_gap(results, "merged")
+    assert merged is not None and merged.detail["gap"] == closed_gap(results, "merged", *GAPS["gap"])
     assert all("gap" not in method.detail for method in results.methods if not method.default)
 
 
@@ -380,7 +380,16 @@ def test_a_bank_without_public_documents_is_evaluated_without_what_is_trained_on
 def test_a_quantised_base_is_evaluated(tiny_bank: Path, tiny_base: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     engine = localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder), quantised="int8")
-    config = replace(CONFIG, methods=("base", "trunk", "merged", "fine-tuned", "fine-tuned-full", "ttt-trunk"))
+    config = replace(
+        CONFIG, methods=("base", "trunk", "merged", "fine-tuned", "fine-tuned-full", "ttt-trunk", "ttt-fine-tuned")
+    )
     found = evaluate(engine, tmp_path, config, lambda *progress: None)
-    assert {method.name for method in found.methods} == {"base", "trunk", "merged", "fine-tuned", "ttt-trunk"}
+    assert {method.name for method in found.methods} == {
+        "base",
+        "trunk",
+        "merged",
+        "fine-tuned",
+        "ttt-trunk",
+        "ttt-fine-tuned",
+    }
     assert found.checks[-1].name == "fine-tuned-full was left out"

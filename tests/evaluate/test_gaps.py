@@ -7,7 +7,7 @@ from dataclasses import replace
 import made_results
 import pytest
 
-from localmoe.evaluate.gaps import closed_gap, gap_sentence, out_of_reach
+from localmoe.evaluate.gaps import FAR, NEAR, closed_gap, gap_sentences, out_of_reach
 from localmoe.evaluate.results import ComparisonRow, Results
 
 
@@ -22,14 +22,14 @@ def _made(share: float, gap: float = 1.0) -> Results:
 
 
 def test_half_of_the_way_on_every_document_is_a_half_without_width() -> None:
-    found = closed_gap(_made(0.5), "merged")
+    found = closed_gap(_made(0.5), "merged", NEAR, FAR)
     assert found["share"] == pytest.approx(0.5) and found["interval"] == pytest.approx([0.5, 0.5])
     assert found["documents"] == len(made_results.TTT)
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.424, "42 % [42, 42]"), (1.19, "119 % [119, 119]")])
 def test_the_share_is_one_sentence(share: float, said: str) -> None:
-    sentence = gap_sentence(_made(share))
+    (sentence,) = gap_sentences(_made(share))
     assert sentence == f"merging 3 experts closes {said} of the gap from trunk to ttt-trunk, on 40 documents"
 
 
@@ -37,23 +37,32 @@ def test_what_an_evaluation_found_is_said_as_it_was_found() -> None:
     results = _made(0.5)
     gap = {"share": 0.42, "interval": [0.32, 0.57], "documents": 7}
     methods = [replace(method, detail={"gap": gap}) if method.default else method for method in results.methods]
-    sentence = gap_sentence(replace(results, methods=tuple(methods)))
+    (sentence,) = gap_sentences(replace(results, methods=tuple(methods)))
     assert sentence == "merging 3 experts closes 42 % [32, 57] of the gap from trunk to ttt-trunk, on 7 documents"
 
 
 def test_why_there_is_no_share_is_said_too() -> None:
     results = _made(0.5, gap=0.0)
     why = "no share of the gap from trunk to ttt-trunk can be told: "
-    assert gap_sentence(results) == f"{why}ttt-trunk is not shown to be better than trunk on these 40 documents"
+    assert gap_sentences(results) == [f"{why}ttt-trunk is not shown to be better than trunk on these 40 documents"]
     without = [method for method in results.methods if method.name != "trunk"]
-    assert gap_sentence(replace(results, methods=tuple(without))) == f"{why}trunk was not scored"
+    assert gap_sentences(replace(results, methods=tuple(without))) == [f"{why}trunk was not scored"]
 
 
 def test_nothing_is_said_of_a_gap_that_was_not_asked_for() -> None:
     results = _made(0.5)
     without = [method for method in results.methods if method.name != "ttt-trunk"]
-    assert gap_sentence(replace(results, methods=tuple(without))) is None
-    assert gap_sentence(replace(results, methods=())) is None
+    assert gap_sentences(replace(results, methods=tuple(without))) == []
+    assert gap_sentences(replace(results, methods=())) == []
+
+
+def test_the_way_from_the_fine_tune_has_a_sentence_of_its_own() -> None:
+    results = _made(0.5)
+    trunk, merged, ttt = results.methods
+    more = (replace(trunk, name="fine-tuned"), replace(ttt, name="ttt-fine-tuned"))
+    first, second = gap_sentences(replace(results, methods=(trunk, merged, ttt, *more)))
+    assert "from trunk to ttt-trunk" in first
+    assert "closes 50 % [50, 50] of the gap from fine-tuned to ttt-fine-tuned, on 40 documents" in second
 
 
 @pytest.mark.parametrize(("interval", "said"), [((-0.05, -0.02), True), ((-0.05, 0.01), False), ((0.02, 0.05), False)])

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from localmoe.errors import UsageError
 from localmoe.evaluate.drawing import label_points, require_matplotlib, svg
-from localmoe.evaluate.gaps import gap_sentence
+from localmoe.evaluate.gaps import gap_sentences
 from localmoe.evaluate.page import page, table_part, verdict_part
 from localmoe.evaluate.plots import plots
 from localmoe.evaluate.report import report_markdown, report_page, write_report
@@ -50,7 +50,7 @@ def test_the_verdict_stands_before_the_table(folder: Path) -> None:
 
 
 def test_the_gap_to_test_time_training_is_said_below_the_table(folder: Path, results: Results) -> None:
-    sentence = gap_sentence(results)
+    (sentence,) = gap_sentences(results)
     assert sentence is not None
     for name in ("report.md", "report.html"):
         text = (folder / name).read_text(encoding="utf-8")

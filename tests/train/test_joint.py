@@ -75,6 +75,14 @@ def _by_autograd(model: Any, job: JointJob) -> tuple[dict[str, list[torch.Tensor
     return factors, own
 
 
+def _shares(job: JointJob) -> list[float]:
+    """Label tokens that every expert was taught by, each times its weight."""
+    weights = {id(passage): dict(mix) for passage, mix in job.passages}
+    batches = batches_of([passage for passage, _ in job.passages], job.config, job.seed, job.tokens)
+    read = [passage for batch in batches for passage in batch]
+    return [sum(weights[id(p)].get(k, 0.0) * p.predicted for p in read) for k in range(job.count)]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_steps_are_those_of_autograd_on_the_formula(name: str) -> None:
     model = tiny.base(name)
@@ -82,9 +90,11 @@ def test_steps_are_those_of_autograd_on_the_formula(name: str) -> None:
     found = train_jointly(model, job)
     assert tiny.checksum(model) == before
     factors, own = _by_autograd(model, job)
+    shares = _shares(job)
     for module, (A, B) in factors.items():
+        mean = sum((share * b[module] for share, b in zip(shares, own, strict=True)), torch.zeros(())) / sum(shares)
         for adapter, extra in [
-            (found.trunk.adapter, 0.0),
+            (found.trunk.adapter, mean),
             *((e.adapter, b[module]) for e, b in zip(found.experts, own, strict=True)),
         ]:
             torch.testing.assert_close(adapter[module].A.float(), A.detach(), rtol=2e-2, atol=2e-3)
@@ -110,15 +120,17 @@ def test_what_is_told_of_a_training() -> None:
     found = train_jointly(model, job, progress=seen.append)
     assert sum(seen) == found.trunk.tokens == job.tokens
     assert found.trunk.steps == len(seen) == 3
-    for k, expert in enumerate(found.experts):
-        shares = [dict(mix).get(k, 0.0) * passage.predicted for passage, mix in job.passages]
-        assert expert.tokens == round(sum(shares))
+    assert [expert.tokens for expert in found.experts] == [round(share) for share in _shares(job)]
 
 
-def test_an_expert_that_no_document_teaches_is_the_trunk() -> None:
+def test_an_expert_that_no_document_teaches_has_seen_nothing_and_the_only_one_is_the_trunk() -> None:
     model = tiny.base("llama")
     found = train_jointly(model, _job(model, weights=[[(0, 1.0)]] * len(LENGTHS), count=2))
-    assert found.experts[1] == dataclasses.replace(found.trunk, tokens=0, steps=0)
+    taught, other = found.experts
+    assert (other.tokens, other.steps, other.last_loss) == (0, 0, found.trunk.last_loss)
+    for module, update in found.trunk.adapter.items():
+        assert torch.equal(update.B, taught.adapter[module].B)
+        assert not torch.equal(update.B, other.adapter[module].B)
 
 
 def test_without_experts_it_is_the_plain_training() -> None:
