@@ -3,8 +3,9 @@
     python experiments/recipes.py CORPUS.jsonl MODEL ENCODER [--documents 1200] [--json PATH] SETTING ...
 
 SETTING is e.g. `rank=16,clusters=8,rate=3e-3,trunk=1.5,expert=0.5,floor=0.5,expert_rate=1`: passes of the trunk and of
-the experts, the share of the peak rate at which the trunk stops, and the experts' rate as a multiple of the peak. Each
-is compared, on the suffixes of held-out documents, with one adapter trained on all documents for `trunk` + `expert`
+the experts, the share of the peak rate at which the trunk stops, and the experts' rate as a multiple of the peak. With
+`joint=1,beta=0.06` trunk and experts are trained in the same steps, `trunk` passes long, documents by their mixes at
+that β. Each is compared, on the suffixes of held-out documents, with one adapter trained on all documents for as many
 passes, falling to zero: at the best of `--rates` and `--batches` (as these very documents judge), or at its own.
 For the laboratory model (experiments/laboratory.py), which trains in minutes, or for a GPU, where the trainings of all
 settings run side by side.
@@ -38,6 +39,7 @@ from localmoe.packing import Passage, token_nll
 from localmoe.routing import sparse_softmax
 from localmoe.train.clustering import bisect
 from localmoe.train.course import Job, Trained, batches_of
+from localmoe.train.joint import JointJob, train_jointly
 from localmoe.train.training import fresh_adapter, train_all
 
 TEST = 250
@@ -71,6 +73,8 @@ class Setting:
     expert_batch: int = 4
     expert_warmup: float = 0.05
     fresh: int = 0
+    joint: int = 0
+    beta: float = 0.06
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +211,22 @@ def experts_of(
     return [(clusters[setting.clusters][0], trained[place]) for place, setting in enumerate(settings)]
 
 
+def jointly(lab: Laboratory, setting: Setting) -> tuple[np.ndarray, list[Adapter], Adapter]:
+    """Centroids [K, d], experts and trunk of one joint training."""
+    centroids, groups = clusters_of(lab, setting.clusters)
+    scores = torch.from_numpy(lab.documents).double() @ torch.from_numpy(centroids).double().T
+    mixes = [
+        [(k, w) for k, w in enumerate(row) if w > 0] for row in sparse_softmax(scores, setting.beta, 0.01).tolist()
+    ]
+    config = TrainConfig(rank=setting.rank, alpha=setting.rank, batch=setting.batch)
+    tokens = round(setting.trunk * sum(passage.predicted for passage in lab.train))
+    passages = list(zip(lab.train, mixes, strict=True))
+    rates = setting.rate, setting.expert_rate
+    start = fresh_adapter(lab.model, config, 0)
+    found = train_jointly(lab.model, JointJob(passages, len(groups), start, config, *rates, 0, tokens))
+    return centroids, [expert.adapter for expert in found.experts], found.trunk.adapter
+
+
 def test_time(lab: Laboratory, start: Adapter, count: int, neighbours: int, rate: float) -> list[float]:
     """Suffix nll of the first test documents, each after one step at a constant rate on each of its neighbours."""
     rank = next(iter(start.values())).rank
@@ -219,7 +239,7 @@ def test_time(lab: Laboratory, start: Adapter, count: int, neighbours: int, rate
 
 def tuned_of(setting: Setting, rates: list[float] | None, batches: list[int] | None) -> list[Whole]:
     """The fine-tunes that a setting is compared with; of another batch than its own at a rate by the root of it."""
-    passes = setting.trunk + setting.expert
+    passes = setting.trunk + (0 if setting.joint else setting.expert)
     return [
         Whole(setting.rank, batch, rate * math.sqrt(batch / setting.batch), passes, 0.0)
         for rate in ([setting.rate] if rates is None else rates)
@@ -229,7 +249,7 @@ def tuned_of(setting: Setting, rates: list[float] | None, batches: list[int] | N
 
 def trunk_of(setting: Setting) -> Whole:
     """The trunk of a setting."""
-    return Whole(setting.rank, setting.batch, setting.rate, setting.trunk, setting.floor)
+    return Whole(setting.rank, setting.batch, setting.rate, setting.trunk, 0.0 if setting.joint else setting.floor)
 
 
 def measure(
@@ -237,13 +257,13 @@ def measure(
     setting: Setting,
     tuned: list[Whole],
     nll: dict[Whole, list[float]],
+    trunk: list[float],
     centroids: np.ndarray,
     experts: list[Adapter],
 ) -> dict[str, Any]:
     """Perplexities of fine-tune, trunk and mixes, and the gain of each mix over the fine-tune."""
     counts = [passage.predicted for passage in lab.test]
-    nll = {one: it for one, it in nll.items() if one in tuned or one == trunk_of(setting)}
-    trunk = nll.pop(trunk_of(setting))
+    nll = {one: it for one, it in nll.items() if one in tuned}
     best = min(nll, key=lambda one: sum(nll[one]))
     scores = torch.from_numpy(lab.queries).double() @ torch.from_numpy(centroids).double().T
     uniform = torch.full_like(scores, 1 / len(experts))
@@ -317,26 +337,36 @@ def main() -> None:
     lab = prepare(options.corpus, options.model, options.encoder, options.documents, options.prefix, options.length)
     tuned = {setting: tuned_of(setting, options.rates, options.batches) for setting in options.settings}
     clock("prepared")
-    known = on_all(lab, [*map(trunk_of, tuned), *(one for each in tuned.values() for one in each)])
+    after = [setting for setting in tuned if not setting.joint]
+    known = on_all(lab, [*map(trunk_of, after), *(one for each in tuned.values() for one in each)])
     nll = {one: score(lab, [adapter]) for one, adapter in known.items()}
     for one, values in nll.items():
         print(f"  {one}: {perplexity(values, [passage.predicted for passage in lab.test]):.3f}")
     clock(f"{len(known)} adapters on all documents")
-    trained = [setting for setting in tuned if trunk_of(setting) in known]
-    for setting in tuned.keys() - trained:
-        print(f"{setting}: the trunk diverged")
+    trained = [setting for setting in after if trunk_of(setting) in known]
+    for setting in after:
+        if setting not in trained:
+            print(f"{setting}: the trunk diverged")
     if options.test_time is not None and trained:
         tell_test_time(lab, options, known[trunk_of(trained[0])], nll[trunk_of(trained[0])])
         clock("test-time training")
     made = experts_of(lab, trained, known)
     clock("experts")
-    results = []
-    for setting, (centroids, experts) in zip(trained, made, strict=True):
-        results.append(measure(lab, setting, tuned[setting], nll, centroids, experts))
+    results: list[dict[str, Any]] = []
+
+    def keep(setting: Setting, trunk: list[float], centroids: np.ndarray, experts: list[Adapter]) -> None:
+        results.append(measure(lab, setting, tuned[setting], nll, trunk, centroids, experts))
         tell(results[-1])
         clock("measured")
         if options.json is not None:
             options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    for setting, (centroids, experts) in zip(trained, made, strict=True):
+        keep(setting, nll[trunk_of(setting)], centroids, experts)
+    for setting in tuned:
+        if setting.joint:
+            centroids, experts, trunk = jointly(lab, setting)
+            keep(setting, score(lab, [trunk]), centroids, experts)
 
 
 if __name__ == "__main__":

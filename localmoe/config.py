@@ -85,7 +85,7 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
     expert_rate: Annotated[float, Field(gt=0)] | None = None
-    """Rate of experts, as a multiple of `learning_rate`; none = 2 beside the trunk (recipe 'joint'), 0.25 after it."""
+    """Rate of experts, as a multiple of `learning_rate`; none = 1 with the trunk (recipe 'joint'), 0.25 after it."""
     trunk_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes of the trunk over all public documents; none = 2 with the experts (recipe 'joint'), else 1.5."""
     epochs: Annotated[float, Field(gt=0)] | None = None

@@ -29,7 +29,7 @@ TRUNK_EPOCHS, JOINT_EPOCHS = 1.5, 2.0
 """Passes of a trunk by itself and with its experts, where the configuration leaves them open."""
 EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
 """Passes of an expert, where the configuration leaves them open."""
-RATE_AFTER_TRUNK, RATE_BESIDE_TRUNK = 0.25, 2.0
+RATE_AFTER_TRUNK, RATE_BESIDE_TRUNK = 0.25, 1.0
 """Rate of experts as a multiple of the trunk's, where the configuration leaves it open."""
 BATCH_AFTER_TRUNK = 1
 """Passages per step of an expert that goes on from a trunk: it has few of them, and more steps teach it more."""
