@@ -18,7 +18,7 @@ from localmoe.runtime.answers import Answer
 from localmoe.runtime.engine import Engine, base_mix
 
 SAMPLE_TOKENS = 22_000
-"""Tokens trained on, 1.5 times by the trunk and half a time by the experts."""
+"""Tokens trained on, twice."""
 PREFIX_TOKENS = 64
 DOCUMENT_TOKENS = 192
 TEST_DOCUMENTS = 100

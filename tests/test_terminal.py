@@ -156,6 +156,15 @@ def test_an_unfinished_build_says_how_many_experts_are_done(tmp_path: Path) -> N
     assert f"localmoe build SOURCE {tmp_path}" in raised.value.remedy
 
 
+def test_a_joint_training_that_was_interrupted_says_that_its_state_is_kept(tmp_path: Path) -> None:
+    work = tmp_path / "work" / "key"
+    work.mkdir(parents=True)
+    (work / "clusters.json").write_text('{"access": [[], []]}', encoding="utf-8")
+    (work / "joint-1.pt").touch()
+    with pytest.raises(BankError, match="the trunk and 2 experts are in training, their state is kept"):
+        open_for_info(tmp_path)
+
+
 def test_a_chat_at_a_keyboard_needs_no_readline(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter([" hello ", "/quit"])
     monkeypatch.setitem(sys.modules, "readline", None)

@@ -94,8 +94,8 @@ def _show_worth(console: Console, worth: demo.Worth) -> None:
     console.print(rows)
     console.print(f"{worth.documents} documents, {worth.tokens:,} tokens counted; paired bootstrap", style="dim")
     console.print(
-        "The trunk is not finished, the experts go on from it: this shows what they bought, not that they beat one "
-        "adapter trained for as many tokens as trunk and experts together. localmoe eval compares with that one.",
+        "The trunk is the mean of all mixes: this shows what it buys to ask the prompt which experts it needs, not "
+        "that the bank beats one adapter trained for as many tokens. localmoe eval compares with that one.",
         style="dim",
     )
 

@@ -48,11 +48,18 @@ def show_plan(console: Console, plan: Plan) -> None:
                     "disk",
                     f"{bytes_text(plan.bank_bytes)} for the bank, {bytes_text(plan.work_bytes)} more while building",
                 ),
+                *_memory(plan),
                 ("time", "not measured (--no-probe)" if plan.times is None else _time_text(plan.times)),
                 ("worth it?", advice(plan)),
             ]
         )
     )
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    if plan.training_bytes == 0:
+        return []
+    return [("memory", f"{bytes_text(plan.training_bytes)} for the experts in training, the base aside")]
 
 
 def histogram(sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:

@@ -97,6 +97,7 @@ def unfinished(path: Path) -> dict[str, Any] | None:
         "experts": len(json.loads(clusters.read_text(encoding="utf-8"))["access"]) if clusters.exists() else None,
         "embedded": (work / "embeddings.npy").exists(),
         "trunk": (work / "trunk.json").exists(),
+        "joint": any(work.glob("joint-*.pt")),
     }
 
 
@@ -104,6 +105,8 @@ def unfinished_text(state: dict[str, Any]) -> str:
     """`unfinished`, as a sentence."""
     if state["experts"] is None:
         return "a build is not finished: its documents are read, no expert is trained"
+    if state["joint"] and not state["trunk"]:
+        return f"a build is not finished: the trunk and {state['experts']} experts are in training, their state is kept"
     trunk = "" if state["done"] or not state["trunk"] else ", the trunk is"
     return f"a build is not finished: {state['done']} of {state['experts']} experts are done{trunk}"
 

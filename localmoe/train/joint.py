@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from localmoe.config import TrainConfig
-from localmoe.lora import Adapter, LowRank
-from localmoe.models import packed
+from localmoe.lora import Adapter, LowRank, weight_of
+from localmoe.models import packed, target_linears
 from localmoe.packing import Passage
 from localmoe.train.course import DivergedError, Progress, Trained, batches_of, schedule, trained
 from localmoe.train.places import Places
@@ -38,6 +38,11 @@ Weights = Sequence[tuple[int, float]]
 """A mix in training: numbers of experts with their weights, which sum to 1."""
 State = Mapping[str, Any]
 """What an interrupted training goes on from: plain values and tensors."""
+
+
+def state_bytes(model: Any, rank: int, experts: int) -> int:
+    """Memory that the b_k of so many experts take in training, and as much on disk where the state is kept."""
+    return STATE_BYTES * experts * rank * sum(weight_of(module).shape[0] for module in target_linears(model).values())
 
 
 @dataclass(frozen=True)

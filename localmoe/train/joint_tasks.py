@@ -101,13 +101,10 @@ def _trained(
         trunk.seed,
         tokens_of(trunk, [passage for _, passage in passages]),
     )
-    begun = max((attempt for attempt in range(1, ATTEMPTS + 1) if work.has(_state(attempt))), default=1)
-    for attempt in range(begun, ATTEMPTS + 1):
+    for attempt in range(_begun(work), ATTEMPTS + 1):
         name = _state(attempt)
         kept = work.read_state(name) if work.has(name) else None
         at_rate = replace(job, rate=job.rate / 2 ** (attempt - 1))
-        if kept is not None and progress is not None:
-            progress(kept["seen"])
         try:
             found = train_jointly(model_of(trunk), at_rate, progress, lambda state: work.write_state(name, state), kept)  # noqa: B023
         except DivergedError as error:
@@ -115,6 +112,17 @@ def _trained(
             continue
         return found, at_rate.rate, attempt
     raise diverged
+
+
+def tokens_kept(work: Work) -> int:
+    """Label tokens that an interrupted training has seen, as far as its state was kept."""
+    name = _state(_begun(work))
+    return int(work.read_state(name)["seen"]) if work.has(name) else 0
+
+
+def _begun(work: Work) -> int:
+    """The attempt that goes on."""
+    return max((attempt for attempt in range(1, ATTEMPTS + 1) if work.has(_state(attempt))), default=1)
 
 
 def _state(attempt: int) -> str:

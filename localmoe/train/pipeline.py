@@ -46,7 +46,8 @@ from localmoe.train.groundwork import (
     rate_after_trunk,
     trunk_epochs,
 )
-from localmoe.train.joint_tasks import mixes_of, public_experts, run_jointly
+from localmoe.train.joint import state_bytes
+from localmoe.train.joint_tasks import mixes_of, public_experts, run_jointly, tokens_kept
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import search_expert_rate, search_rate
 from localmoe.train.records import choose_router, expert_records, write_files
@@ -217,13 +218,16 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
         return None
     task = _trunk_task(ground)
     total = ground.tokens(public, trunk_epochs(ground.config.train))
-    watch(Event("trunk", 0, total))
     progress = _TokenProgress("trunk", total, watch)
     if ground.config.train.recipe == "joint":
-        watch(Event("trunk", 0, total, f"with {len(public_experts(ground))} experts, in the same steps"))
+        kept = tokens_kept(ground.work)
+        going_on = f"; going on after {kept:,} tokens" if kept else ""
+        watch(Event("trunk", kept, total, f"with {len(public_experts(ground))} experts, in the same steps{going_on}"))
+        progress.reset(kept)
         beside = [ground.expert_task(k, None) for k in public_experts(ground)]
         result = run_jointly(task, beside, ground.mixes, progress)
     else:
+        watch(Event("trunk", 0, total))
         result = training.run(task, progress)
     note = _outcome_note("the trunk", result.outcome, "the base")
     watch(Event("trunk", total, total, note))
@@ -277,6 +281,8 @@ class _TokenProgress:
 
 def _check_disk(path: Path, model: Any, config: BuildConfig, clusters: int) -> None:
     need = (clusters + 1) * adapter_bytes(model, config.train.rank)
+    if config.train.recipe == "joint":  # a state is written beside the one before it
+        need += 2 * state_bytes(model, config.train.rank, clusters)
     free = shutil.disk_usage(path).free
     if free < need:
         raise TemporaryError(

@@ -23,6 +23,7 @@ from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.groundwork import check_settings, expert_batch, expert_epochs, trunk_epochs
+from localmoe.train.joint import JointJob, state_bytes, train_jointly
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import EXPERTS, judges_of
 from localmoe.train.rows import Rows, read_rows
@@ -78,6 +79,8 @@ class Plan:
     """What the finished bank takes."""
     work_bytes: int
     """What the build needs beside it while it runs."""
+    training_bytes: int
+    """Memory that experts take while they are trained with the trunk, the base aside; 0 for other recipes."""
     tokens_per_parameter: float
     """Train tokens for every number that one adapter can change: how full one adapter gets."""
     explained: float
@@ -137,6 +140,8 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
     tokens = dict(counts["split_tokens"])
     tokens["unused"] = tokens.get("unused", 0) + counts["unused_tokens"]
     adapters = len(found.access) + (config.train.recipe != "paper")
+    public = sum(not access for access in found.access) if config.train.recipe == "joint" else 0
+    training_bytes = state_bytes(model, config.train.rank, public)
     return Plan(
         notes=tuple(report.finish().lines()),
         documents=counts["split_documents"],
@@ -147,7 +152,8 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
         bank_bytes=adapters * adapter_bytes(model, config.train.rank)
         + count * 2 * encoder.dim
         + (texts if config.keep_texts else 0),
-        work_bytes=texts + passages + 2 * count * 4 * encoder.dim,
+        work_bytes=texts + passages + 2 * count * 4 * encoder.dim + 2 * training_bytes,
+        training_bytes=training_bytes,
         tokens_per_parameter=tokens["train"] / (adapter_bytes(model, config.train.rank) / 2),
         explained=_explained(found),
         times=times,
@@ -204,7 +210,7 @@ def _times(
 ) -> Times:
     after_trunk = config.train.recipe != "paper" and bool(rows.where("train", ()))
     with threads(config.threads):
-        speed, expert_speed, check_speed = _probe(model, work, rows, config, after_trunk, watch)
+        speed, expert_speed, check_speed = _probe(model, work, rows, config, len(found.access), watch)
     everything, public = (int(rows.tokens[part].sum()) for part in (rows.train, rows.where("train", ())))
     joint = config.train.recipe == "joint"
     train_tokens = expert_epochs(config.train, after_trunk) * (everything - (public if joint else 0))
@@ -231,21 +237,27 @@ class _Enough(Exception):  # noqa: N818 - the way out of the training loop, not 
 
 
 def _probe(
-    model: Any, work: Work, rows: Rows, config: BuildConfig, after_trunk: bool, watch: Watch
+    model: Any, work: Work, rows: Rows, config: BuildConfig, experts: int, watch: Watch
 ) -> tuple[float, float, float]:
     """Tokens a second: of training on real passages as a trunk and as an expert, and of checking."""
+    after_trunk = config.train.recipe != "paper" and bool(rows.where("train", ()))
     batch, other = config.train.batch, expert_batch(config.train, after_trunk)
     chosen = _sample(np.flatnonzero(rows.train), (STEPS + 1) * max(batch, other), config.seed)
     passages = [passage for document in work.passages(chosen.tolist()) for passage in document]
     while len(passages) < 2 * max(batch, other):
         passages += passages
-    speed = _speed(model, passages, config, batch, "trunk", watch)
-    expert_speed = speed if other == batch else _speed(model, passages, config, other, "experts", watch)
+    joint = config.train.recipe == "joint"
+    mixed = round(min(config.route.active, (experts + 1) / 2)) if joint and after_trunk else 0
+    speed = _speed(model, passages, config, batch, "trunk", watch, mixed)
+    none_alone = joint and len(rows.where("train", ())) == int(rows.train.sum())
+    expert_speed = speed if other == batch or none_alone else _speed(model, passages, config, other, "experts", watch)
     return speed, expert_speed, _check_speed(model, passages[: 2 * batch])
 
 
-def _speed(model: Any, passages: list[Passage], config: BuildConfig, batch: int, stage: Stage, watch: Watch) -> float:
-    """Tokens a second at so many passages a step, after one step to warm up."""
+def _speed(
+    model: Any, passages: list[Passage], config: BuildConfig, batch: int, stage: Stage, watch: Watch, mixed: int = 0
+) -> float:
+    """Tokens a second at so many passages a step, after one step to warm up; jointly, each teaching `mixed` experts."""
     ends: list[tuple[float, int]] = []
 
     def progress(tokens: int) -> None:
@@ -258,8 +270,14 @@ def _speed(model: Any, passages: list[Passage], config: BuildConfig, batch: int,
 
     watch(Event(stage, 0, 0, f"timing at most {STEPS} steps"))
     start, settings = fresh_adapter(model, config.train, config.seed), replace(config.train, batch=batch)
+    rate, seed = config.train.learning_rate, config.seed
     with suppress(_Enough):
-        train(model, passages, start, settings, config.train.learning_rate, config.seed, progress=progress)
+        if mixed:
+            mixes = [(passage, [(k, 1 / mixed) for k in range(mixed)]) for passage in passages]
+            tokens = sum(passage.predicted for passage in passages)
+            train_jointly(model, JointJob(mixes, mixed, start, settings, rate, 1.0, seed, tokens), progress)
+        else:
+            train(model, passages, start, settings, rate, seed, progress=progress)
     return sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
 
 

@@ -64,8 +64,8 @@ class Work:
         self._whole(name, write)
 
     def read_state(self, name: str) -> dict[str, Any]:
-        """What a training goes on from."""
-        state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
+        """What a training goes on from, memory-mapped."""
+        state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=True)
         return state
 
     def remove(self, name: str) -> None:

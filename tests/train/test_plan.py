@@ -9,6 +9,7 @@ import tiny
 
 from localmoe.config import BuildConfig, ClusterConfig, SearchConfig, TrainConfig
 from localmoe.errors import CorpusError
+from localmoe.models import load_model
 from localmoe.train import plan as planning
 from localmoe.train.plan import AMPLE, SCARCE, Plan, advice, plan
 from localmoe.train.progress import Event
@@ -85,6 +86,20 @@ def test_times_follow_from_tokens_and_measured_speed(tiny_corpus: Path, config: 
     assert times.total == times.embed + times.trunk + times.experts + times.checks
     assert min(times.embed, times.checks) > 0
     assert any(event.stage == "trunk" and event.done > 0 for event in events)
+
+
+def test_a_joint_training_is_timed_as_a_whole_and_needs_memory_for_its_experts(
+    tiny_corpus: Path, tiny_base: Path, config: BuildConfig
+) -> None:
+    events: list[Event] = []
+    asked = replace(config, train=TrainConfig(recipe="joint", rank=4, trunk_epochs=3, batch=8))
+    found = _measured(tiny_corpus, asked, events)
+    assert found.times is not None and found.times.experts == 0
+    assert found.times.trunk == pytest.approx(3 * found.tokens["train"] / found.times.tokens_per_second)
+    outputs = sum(update.B.shape[0] for update in tiny.random_adapter(load_model(str(tiny_base))).values())
+    assert found.training_bytes == 12 * len(found.sizes) * 4 * outputs  # a value and two moments in fp32
+    assert plan(tiny_corpus, config, probe=False).training_bytes == 0
+    assert not any(event.stage == "experts" for event in events)
 
 
 def test_the_paper_s_recipe_needs_neither_time_nor_disk_for_a_trunk(tiny_corpus: Path, config: BuildConfig) -> None:
