@@ -68,8 +68,9 @@ def build(
 
     source: a folder, a file, or a dataset id (see `CorpusConfig`); bank: the folder to make. The same call again
     goes on where the last one stopped; if nothing changed it does nothing. `map` runs the experts' trainings, the
-    built-in one after the other. Raises CorpusError, ConfigError, LockedError, TemporaryError (disk full);
-    experts that failed to train are in the manifest as `failed`.
+    built-in one after the other; with recipe `joint` of those experts alone that have an access set. Raises
+    CorpusError, ConfigError, LockedError, TemporaryError (disk full); experts that failed to train are in the manifest
+    as `failed`.
     """
     path = Path(bank)
     _refuse_foreign_folder(path)

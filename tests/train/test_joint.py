@@ -14,7 +14,7 @@ from localmoe.models import packed
 from localmoe.packing import loss, pack
 from localmoe.train import joint
 from localmoe.train.course import DivergedError, batches_of, schedule
-from localmoe.train.joint import JointJob, State, Weights, train_jointly
+from localmoe.train.joint import JointJob, JointTrained, State, Weights, train_jointly
 from localmoe.train.training import fresh_adapter, train
 
 CONFIG = TrainConfig(rank=3, alpha=6.0, batch=2, weight_decay=0.05)
@@ -180,6 +180,32 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
         for module, update in one.adapter.items():
             assert torch.equal(update.A, other.adapter[module].A)
             assert torch.equal(update.B, other.adapter[module].B)
+
+
+def _same(one: JointTrained, other: JointTrained, tolerance: float) -> None:
+    for mine, theirs in zip((one.trunk, *one.experts), (other.trunk, *other.experts), strict=True):
+        assert (mine.tokens, mine.steps) == (theirs.tokens, theirs.steps)
+        assert mine.last_loss == pytest.approx(theirs.last_loss, abs=tolerance)
+        for module, update in mine.adapter.items():
+            for a, b in ((update.A, theirs.adapter[module].A), (update.B, theirs.adapter[module].B)):
+                torch.testing.assert_close(a.cpu().float(), b.float(), rtol=10 * tolerance, atol=2 * tolerance)
+
+
+def test_passages_that_are_filled_up_as_on_a_gpu_teach_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.base("llama")
+    job = _job(model, config=dataclasses.replace(CONFIG, batch=3))  # the last batch is short
+    packed_steps = train_jointly(model, job)
+    monkeypatch.setattr(joint, "captured", lambda model: True)
+    _same(train_jointly(model, job), packed_steps, 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_of_a_gpu_are_those_of_a_cpu() -> None:
+    model = tiny.base("llama")
+    job = _job(model, tokens=600)
+    expected = train_jointly(model, job)
+    model.to("cuda")
+    _same(train_jointly(model, job), expected, 5e-3)
 
 
 def test_a_training_that_diverges_says_so() -> None:
