@@ -87,14 +87,14 @@ class TrainConfig:
     expert_rate: Annotated[float, Field(gt=0)] | None = None
     """Rate of experts, as a multiple of `learning_rate`; none = 1 with the trunk (recipe 'joint'), 0.25 after it."""
     trunk_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes of the trunk over all public documents; none = 2 with the experts (recipe 'joint'), else 1.5."""
+    """Passes of the trunk over all public documents, before the experts'; none = 1.5. Recipe 'joint' has no such."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes of each expert over its own documents, by itself; none = 0.5 after a trunk, 1 from the base. With
-    recipe 'joint' those of experts with an access set, since all others are trained with the trunk."""
+    """Passes of each expert over its own documents; none = 2 with the trunk (recipe 'joint'), 0.5 after it, 1 from the
+    base."""
     batch: Positive = 4
     """Passages per step."""
     expert_batch: Positive | None = None
-    """Passages per step of an expert; none = 1 after a trunk, `batch` from the base."""
+    """Passages per step of an expert that is not trained with the trunk; none = 1 after it, `batch` from the base."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled decay."""
     warmup: Fraction = 0.05

@@ -116,7 +116,7 @@ def build_options(function: F) -> F:
             "--epochs",
             "train.epochs",
             "Passes of each expert over its documents.",
-            "0.5 after a trunk, 1 from the base",
+            "2 with the trunk, 0.5 after it, 1 from the base",
             type=float,
             panel=experts,
         ),

@@ -97,10 +97,10 @@ class Groundwork:
 
 
 def trunk_epochs(config: TrainConfig) -> float:
-    """Passes of the trunk over all public documents."""
-    if config.trunk_epochs is not None:
-        return config.trunk_epochs
-    return JOINT_EPOCHS if config.recipe == "joint" else TRUNK_EPOCHS
+    """Passes of the trunk over all public documents, by itself or with the experts."""
+    if config.recipe == "joint":
+        return config.epochs if config.epochs is not None else JOINT_EPOCHS
+    return config.trunk_epochs if config.trunk_epochs is not None else TRUNK_EPOCHS
 
 
 def trunk_floor(config: TrainConfig) -> float:
@@ -133,10 +133,17 @@ def expert_batch(config: TrainConfig, after_trunk: bool) -> int:
 
 
 def check_settings(model: Any, config: BuildConfig) -> None:
-    """Raises ConfigError for passages that do not fit the base's context, and for a rate or a number to be tried alone.
+    """Raises ConfigError for passages that do not fit the base's context, for a rate or a number to be tried alone, and
+    for passes that the recipe does not have.
 
     Raises UnknownNameError for an unknown router.
     """
+    if config.train.recipe == "joint" and config.train.trunk_epochs is not None:
+        raise ConfigError(
+            f"train.trunk_epochs={config.train.trunk_epochs:g} has no meaning for recipe 'joint', which trains trunk "
+            "and experts together",
+            "set train.epochs, their passes, or train.recipe=trunk",
+        )
     limit = context_length(model)
     if config.corpus.passage_tokens > limit:
         raise ConfigError(

@@ -14,6 +14,7 @@ import torch
 import localmoe
 from localmoe.bank.store import Bank, verify
 from localmoe.config import BuildConfig
+from localmoe.errors import ConfigError
 from localmoe.lora import attached, stack
 from localmoe.models import load_model, load_tokenizer
 from localmoe.train import joint, joint_tasks
@@ -22,7 +23,7 @@ from localmoe.train.joint import JointJob, train_jointly
 from localmoe.train.progress import Event
 
 Make = Callable[..., BuildConfig]
-JOINT = {"recipe": "joint", "trunk_epochs": 2.0}
+JOINT = {"recipe": "joint", "epochs": 2.0}
 
 
 @pytest.fixture
@@ -149,6 +150,12 @@ def test_ctrl_c_in_the_middle_loses_nothing_that_was_kept(
     assert going_on[0].done == seen[-2]  # the step that was interrupted was not kept
     assert f"going on after {seen[-2]:,} tokens" in going_on[0].note
     assert not (tmp_path / "bank" / "work").exists()
+
+
+def test_passes_of_a_trunk_alone_are_refused(config: Make, tiny_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trunk_epochs=1 has no meaning for recipe 'joint'") as raised:
+        localmoe.build(tiny_corpus, tmp_path / "bank", config(train={"trunk_epochs": 1.0}))
+    assert "train.epochs" in raised.value.remedy
 
 
 def test_a_joint_training_that_diverges_is_begun_again_at_half_the_rate(

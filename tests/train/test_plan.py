@@ -92,7 +92,7 @@ def test_a_joint_training_is_timed_as_a_whole_and_needs_memory_for_its_experts(
     tiny_corpus: Path, tiny_base: Path, config: BuildConfig
 ) -> None:
     events: list[Event] = []
-    asked = replace(config, train=TrainConfig(recipe="joint", rank=4, trunk_epochs=3, batch=8))
+    asked = replace(config, train=TrainConfig(recipe="joint", rank=4, epochs=3, batch=8))
     found = _measured(tiny_corpus, asked, events)
     assert found.times is not None and found.times.experts == 0
     assert found.times.trunk == pytest.approx(3 * found.tokens["train"] / found.times.tokens_per_second)
