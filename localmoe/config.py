@@ -98,7 +98,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled decay."""
     warmup: Fraction = 0.05
-    """Share of the steps in which the rate rises; it then falls linearly, to zero but for the trunk."""
+    """Share of the steps in which the rate rises; it then falls linearly, to zero unless experts go on from there."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
 
@@ -108,8 +108,8 @@ class SearchConfig:
     """What is tried on tune documents: learning rates before a bank is built, numbers of active experts after it."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Multiples of `train.learning_rate` for the trunk, then of `train.expert_rate` for a few experts; a best one at
-    the edge widens the search; none = the rates as they are."""
+    """Multiples of `train.learning_rate` for one adapter, then, unless it is recipe 'joint', of `train.expert_rate` for
+    a few experts; a best one at the edge widens the search; none = the rates as they are."""
     tokens: Positive = 200_000
     """Tokens that each trial of the trunk trains on, at most."""
     active: tuple[Annotated[float, Field(ge=1)], ...] = ()

@@ -45,8 +45,8 @@ Adapter = Mapping[str, LowRank]
 def stack(updates: Sequence[LowRank]) -> LowRank:
     """Σ_k ΔW_k as one LowRank, exactly.
 
-    Factors are concatenated: A [Σr_k, d_in], B [d_out, Σr_k], c [Σr_k]. Where all updates share one A
-    (the same tensor, recipe `trunk-shared`), the sum has rank r: B = Σ_k B_k·diag(c_k), accumulated in fp32.
+    Factors are concatenated: A [Σr_k, d_in], B [d_out, Σr_k], c [Σr_k]. Where all updates share one A (the same
+    tensor: recipes `joint` and `trunk-shared`), the sum has rank r: B = Σ_k B_k·diag(c_k), accumulated in fp32.
     """
     first = updates[0]
     if len(updates) == 1:

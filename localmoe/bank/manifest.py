@@ -189,7 +189,7 @@ class Manifest:
 
     @property
     def shared_factors(self) -> bool:
-        """Whether every A is the trunk's, so that mixes of whatever size have its rank."""
+        """Whether experts that were trained here have the trunk's A, so that mixes of any size have its rank."""
         return self.trunk is not None and self.recipe in SHARED_A
 
     @property

@@ -81,7 +81,8 @@ class Bank:
     def adapter(self, expert_id: str) -> Adapter:
         """Module name → LowRank of one expert, memory-mapped.
 
-        With recipes `joint` and `trunk-shared` every A is the trunk's tensor itself, so that `stack` merges at rank r.
+        With recipes `joint` and `trunk-shared` every A is the trunk's tensor itself, so that `stack` merges at rank r;
+        but for imported experts, which have their own.
         Raises UnknownNameError, UsageError for an expert that failed, BankError for damage or another A.
         """
         record = self.expert(expert_id)
@@ -92,9 +93,7 @@ class Bank:
             )
         adapter = self._read(record.adapter)
         trunk = self.trunk() if self.manifest.shared_factors else None
-        if trunk is None:
-            return adapter
-        if record.adapter.training is None:  # imported: its A is its own
+        if trunk is None or record.adapter.training is None:
             return adapter
         return _with_shared_factors(adapter, trunk, self.path / record.adapter.folder)
 

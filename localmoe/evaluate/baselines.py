@@ -44,7 +44,7 @@ def base(bench: Bench) -> Scores:
 
 @methods.register("trunk")
 def trunk(bench: Bench) -> Scores:
-    """The adapter that all experts start from."""
+    """One adapter for all: what experts start from, or of a joint bank the mean of its mixes."""
     return _alone(bench, trunk_of(bench), trunk_tokens(bench), "trunk")
 
 
@@ -260,7 +260,9 @@ def trunk_of(bench: Bench) -> Adapter:
     """The bank's trunk; raises NotPossibleError where it has none."""
     adapter = bench.engine.bank.trunk()
     if adapter is None:
-        raise NotPossibleError("the bank has no trunk", "leave out trunk and ttt-trunk, or build with recipe trunk")
+        raise NotPossibleError(
+            "the bank has no trunk", "leave out trunk and ttt-trunk, or build by another recipe than paper"
+        )
     return adapter
 
 

@@ -49,7 +49,11 @@ def out_of_reach(results: Results) -> str | None:
 
 def closed_gaps(results: Results, method: str) -> dict[str, dict[str, Any]]:
     """`closed_gap` for each of `GAPS` whose end was scored."""
-    return {key: closed_gap(results, method, *way) for key, way in GAPS.items() if results.method(way[1]) is not None}
+    return {key: closed_gap(results, method, *GAPS[key]) for key in _asked(results)}
+
+
+def _asked(results: Results) -> list[str]:
+    return [key for key, (_, far) in GAPS.items() if results.method(far) is not None]
 
 
 def gap_sentences(results: Results) -> list[str]:
@@ -58,11 +62,11 @@ def gap_sentences(results: Results) -> list[str]:
     if method is None:
         return []
     sentences = []
-    for key, found in closed_gaps(results, method.name).items():
+    for key in _asked(results):
         near, far = GAPS[key]
         gap = method.detail.get(key)
         if gap is None:  # an evaluation that was interrupted
-            gap = found
+            gap = closed_gap(results, method.name, near, far)
         if gap["share"] is None:
             sentences.append(f"no share of the gap from {near} to {far} can be told: {gap['found']}")
             continue

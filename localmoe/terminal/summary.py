@@ -105,7 +105,7 @@ def unfinished_text(state: dict[str, Any]) -> str:
     """`unfinished`, as a sentence."""
     if state["experts"] is None:
         return "a build is not finished: its documents are read, no expert is trained"
-    if state["joint"] and not state["trunk"]:
+    if state["joint"] and not state["trunk"] and not state["done"]:
         return f"a build is not finished: the trunk and {state['experts']} experts are in training, their state is kept"
     trunk = "" if state["done"] or not state["trunk"] else ", the trunk is"
     return f"a build is not finished: {state['done']} of {state['experts']} experts are done{trunk}"
@@ -115,7 +115,7 @@ def show_bank(console: Console, data: dict[str, Any]) -> None:
     """A bank at a glance."""
     console.print(facts(_head(data)))
     console.print()
-    console.print(_experts(data["experts"]))
+    console.print(_experts(data))
     if data["unfinished"] is not None:
         console.print()
         console.print(
@@ -149,7 +149,8 @@ def _head(data: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _experts(experts: list[dict[str, Any]]) -> Any:
+def _experts(data: dict[str, Any]) -> Any:
+    experts = data["experts"]
     extra = [name for name in ("access", "tags") if any(expert[name] for expert in experts)]
     rows = table("expert", "label", "documents", "tokens", "outcome", *extra, right=("documents", "tokens"))
     for expert in experts:
@@ -158,10 +159,17 @@ def _experts(experts: list[dict[str, Any]]) -> Any:
             plain(expert["label"]),
             f"{expert['documents']:,}",
             f"{expert['tokens']:,}",
-            plain(_outcome_text(expert, "its start"), _STYLES[expert["status"]]),
+            plain(_outcome_text(expert, _reference(data, expert)), _STYLES[expert["status"]]),
             *(plain(", ".join(expert[name])) for name in extra),
         )
     return rows
+
+
+def _reference(data: dict[str, Any], expert: dict[str, Any]) -> str:
+    """What an expert was compared with: the trunk, unless there is none or the expert, the only public one, is it."""
+    others = sum(not other["access"] for other in data["experts"]) - 1
+    is_trunk = data["recipe"] == "joint" and not expert["access"] and others == 0
+    return "the base" if data["trunk"] is None or is_trunk else "the trunk"
 
 
 def _outcome_data(outcome: Outcome) -> dict[str, Any]:
@@ -186,7 +194,10 @@ def _outcome_text(outcome: dict[str, Any], reference: str) -> str:
 
 
 def _training_data(manifest: Manifest) -> dict[str, Any]:
-    """Label tokens and peak rates: of the trunk (None without one), and of the experts, rate → how many have it."""
+    """Label tokens and peak rates: of the trunk (None without one), and of the experts, rate → how many have it.
+
+    `with_trunk`: those of the experts' tokens that are the trunk's too.
+    """
     trunk = None if manifest.trunk is None else manifest.trunk.training
     experts = [one.adapter.training for one in manifest.experts if one.adapter is not None]
     known = [training for training in experts if training is not None]
@@ -195,6 +206,7 @@ def _training_data(manifest: Manifest) -> dict[str, Any]:
         "trunk": None if trunk is None else {"tokens": trunk.tokens, "rate": trunk.learning_rate},
         "experts": {
             "tokens": sum(training.tokens for training in known),
+            "with_trunk": sum(training.tokens for training in known if training.with_trunk),
             "rates": dict(rates.most_common()),
         },
     }
@@ -206,7 +218,8 @@ def _training_text(data: dict[str, Any]) -> str:
     if experts["rates"]:
         rates = experts["rates"]
         told = next(iter(rates)) if len(rates) == 1 else ", ".join(f"{rate} ({count})" for rate, count in rates.items())
-        parts.append(f"experts {experts['tokens']:,} tokens at {told}")
+        shared = f", {experts['with_trunk']:,} of them in the trunk's steps" if experts["with_trunk"] else ""
+        parts.append(f"experts {experts['tokens']:,} tokens at {told}{shared}")
     return "; ".join(parts) if parts else "not recorded"
 
 

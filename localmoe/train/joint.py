@@ -24,7 +24,7 @@ from localmoe.models import packed, target_linears
 from localmoe.packing import Passage
 from localmoe.train.course import DivergedError, Progress, Trained, batches_of, schedule, trained
 from localmoe.train.places import Places
-from localmoe.train.together import batch_of, captured
+from localmoe.train.together import batch_of, captured, free
 
 SAVE_EVERY = 300.0
 """Seconds between two states that an interrupted training goes on from, at least, ..."""
@@ -151,7 +151,7 @@ class _Course:
         self._weights = {id(passage): weights for passage, weights in job.passages}
         self.batches = batches_of([passage for passage, _ in job.passages], job.config, job.seed, job.tokens)
         self._length = max(len(passage) for batch in self.batches for passage in batch)
-        self.room = Places(model, job.start, job.config.batch, freeze_A=False)
+        self.room = Places(model, job.start, job.config.batch, gradients_only=True)
         begin, decay = self.room.flat(job.start), job.config.weight_decay
         own = torch.zeros_like(begin[self.room.middle :])
         own = own.to(_home(model, job.count * own.numel() * STATE_BYTES))
@@ -175,8 +175,8 @@ class _Course:
             raise DivergedError(f"the loss became {value}")
         now = job.rate * schedule(len(self._losses), len(self.batches), job.config.warmup)
         gradients = [self.room.gradient(place) for place in range(len(batch))]
-        for k, gradient in self._shares(batch, gradients).items():
-            self._experts[k].step(gradient, now * job.expert_rate, job.config.clip)
+        for k in sorted({k for passage in batch for k, _ in self._weights[id(passage)]}):
+            self._experts[k].step(self._share(k, batch, gradients), now * job.expert_rate, job.config.clip)
             self._own[k].append(value)
         for other in gradients[1:]:
             gradients[0].add_(other)
@@ -209,13 +209,13 @@ class _Course:
         values[self.room.middle :] = mixed
         return values
 
-    def _shares(self, batch: Sequence[Passage], gradients: Sequence[Tensor]) -> dict[int, Tensor]:
-        """dloss/db_k = Σ w_k dloss/dB over the batch's documents, for the experts that have a weight there."""
-        found: dict[int, Tensor] = {}
+    def _share(self, k: int, batch: Sequence[Passage], gradients: Sequence[Tensor]) -> Tensor:
+        """dloss/db_k = Σ w_k dloss/dB over the batch's documents."""
+        found = torch.zeros_like(self._experts[k].values)
         for passage, gradient in zip(batch, gradients, strict=True):
-            own = gradient[self.room.middle :].to(self._experts[0].values.device)
-            for k, weight in self._weights[id(passage)]:
-                found[k] = found[k].add_(own, alpha=weight) if k in found else own * weight
+            for other, weight in self._weights[id(passage)]:
+                if other == k:
+                    found.add_(gradient[self.room.middle :].to(found.device), alpha=weight)
         return found
 
     def state(self) -> State:
@@ -277,5 +277,4 @@ def _home(model: Any, needed: int) -> torch.device:
     """Where the b_k lie: beside the model, or in main memory where a GPU has not the room."""
     if model.device.type != "cuda":
         return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return torch.device(model.device) if needed <= _DEVICE_SHARE * free else torch.device("cpu")
+    return torch.device(model.device) if needed <= _DEVICE_SHARE * free(model.device) else torch.device("cpu")

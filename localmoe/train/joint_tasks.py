@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def public_experts(ground: Groundwork) -> list[int]:
 
 
 def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder: Encoder) -> dict[int, Weights]:
-    """Row of every public train and tune document → weights over `public_experts`, as the bank will route.
+    """Row of every public train and tune document → weights over `public_experts`, by the router of the bank.
 
-    β is found as for the finished bank: on the first tokens of tune documents, for `route.active` experts.
+    β is found as for the finished bank: on the first tokens of tune documents, for `route.active` experts (the bank's
+    own is found anew if an expert turns out harmful, or if `search.active` chose another number).
     """
     experts = public_experts(ground)
     vectors, means = (torch.from_numpy(part[experts]) for part in (ground.clusters.centroids, ground.clusters.means))
@@ -54,7 +56,7 @@ def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder
     record, _ = choose_beta(encoder.encode(prompts), centroids, ground.config.route)
     rows = [*ground.rows.where("train", ()), *ground.rows.where("tune", ())]
     queries = torch.nn.functional.normalize(torch.from_numpy(embeddings[rows]), dim=1)
-    mixes = route(queries, centroids, replace(ground.config.route, beta=record.beta))
+    mixes = route(queries, centroids, replace(ground.config.route, beta=record.beta, active=max(1.0, record.wanted)))
     place = {name: number for number, name in enumerate(names)}
     return {
         row: tuple((place[name], weight) for name, weight in zip(mix.experts, mix.weights, strict=True))
@@ -68,17 +70,20 @@ def run_jointly(
     """The trunk's result and, left in the work folder, those of the experts, all trained in the same steps.
 
     mixes: row of every train and tune document → weights over `experts`. An expert is good if the tune documents
-    nearest to it are better off with their mixes than with the trunk. An interrupted training goes on from the state
-    that was kept last; one that diverges is begun again at half the rate.
+    nearest to it are better off with their mixes than with the trunk (a lone one: than with the base). An
+    interrupted training goes on from the state that was kept last; one that diverges is begun again at half the rate.
     """
     work = Work(Path(trunk.bank), trunk.key)
     if not work.has(result_file(trunk.name)):
         try:
             found, rate, attempts = _trained(work, trunk, experts, mixes, progress)
         except DivergedError as error:
-            return AdapterResult(None, Outcome("failed", 0, None, None, error.what))
-        _keep(work, trunk, experts, mixes, found, rate, attempts)
-        work.remove(_state(attempts))
+            failed = AdapterResult(None, Outcome("failed", 0, None, None, error.what))
+            work.write_json(result_file(trunk.name), as_dict(failed))
+        else:
+            _keep(work, trunk, experts, mixes, found, rate, attempts)
+        for attempt in range(1, ATTEMPTS + 1):
+            work.remove(_state(attempt))
     return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(trunk.name)))
 
 
@@ -105,8 +110,9 @@ def _trained(
         name = _state(attempt)
         kept = work.read_state(name) if work.has(name) else None
         at_rate = replace(job, rate=job.rate / 2 ** (attempt - 1))
+        work.remove(_state(attempt - 1))
         try:
-            found = train_jointly(model_of(trunk), at_rate, progress, lambda state: work.write_state(name, state), kept)  # noqa: B023
+            found = train_jointly(model_of(trunk), at_rate, progress, partial(work.write_state, name), kept)
         except DivergedError as error:
             diverged = error
             continue
@@ -138,14 +144,18 @@ def _keep(
     rate: float,
     attempts: int,
 ) -> None:
-    """Adapters and results, the trunk's last: it says that all are there."""
-    reference, own = found.trunk.adapter, [expert.adapter for expert in found.experts]
+    """Adapters and results, the trunk's last: it says that all are there.
+
+    A lone expert is the trunk, so that both are judged against the base.
+    """
+    reference = found.trunk.adapter if len(experts) > 1 else None
+    own = [expert.adapter for expert in found.experts]
     expert_rate = rate * rate_beside_trunk(trunk.config)
     for task, one in zip(experts, found.experts, strict=True):
         judged = _judged(work, task, reference, lambda row: _mix(own, mixes[row]))
         result = left_in_bank(task, one, expert_rate, attempts, judged, with_trunk=True)
         work.write_json(result_file(task.name), as_dict(result))
-    judged = _judged(work, trunk, None, lambda _row: reference)
+    judged = _judged(work, trunk, None, lambda _row: found.trunk.adapter)
     work.write_json(result_file(trunk.name), as_dict(left_in_bank(trunk, found.trunk, rate, attempts, judged)))
 
 
@@ -153,9 +163,11 @@ def _judged(work: Work, task: AdapterTask, reference: Adapter | None, adapter_of
     """What the task's tune documents say of the adapter that each of them would get."""
     model, documents = model_of(task), tune_documents(work, task)
     own: dict[int, Nll] = {}
-    for row, passages in documents.items():
+    other: dict[int, Nll] = {}
+    for row, passages in documents.items():  # one by one both times: how many run together changes the last digits
         own |= document_nll(model, {row: passages}, adapter_of(row))
-    return outcome(own, document_nll(model, documents, reference))
+        other |= document_nll(model, {row: passages}, reference)
+    return outcome(own, other)
 
 
 def _mix(adapters: Sequence[Adapter], weights: Weights) -> Adapter:

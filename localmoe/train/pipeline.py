@@ -108,7 +108,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     watch(Event("tokenize", count, count, _token_note(rows)))
     embeddings = _embed(work, encoder, rows, watch)
     clusters = _cluster(work, embeddings, rows, config, watch)
-    _check_disk(path, model, config, len(clusters.access))
+    _check_disk(path, work, model, config, clusters)
     checked = checked_on(rows, clusters, embeddings)
     asked = config.train
     ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, rate_after_trunk(asked))
@@ -241,6 +241,7 @@ def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, wa
     alone = [task for task in tasks if task.name not in with_trunk]
     finished = [task for task in alone if ground.work.has(training.result_file(task.name))]
     total = sum(ground.tokens(task.train_rows, task.epochs) for task in alone)
+    reference = "the base" if start is None else "the trunk"
     if finished:
         watch(Event("experts", 0, total, f"going on: {len(finished)} of {len(alone)} experts are done"))
     progress = _TokenProgress("experts", total, watch)
@@ -253,7 +254,8 @@ def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, wa
     for task, result in zip(tasks, run, strict=True):
         done += ground.tokens(task.train_rows, task.epochs) if task.name not in with_trunk else 0
         shown = max(done, progress.done) if many else done  # all of a wave have trained before the first is told
-        watch(Event("experts", shown, total, _outcome_note(task.name, result.outcome, "where it started")))
+        note = _outcome_note(task.name, result.outcome, reference)
+        watch(Event("experts", shown if alone else 1, total if alone else 1, note))
         results.append(result)
         progress.reset(shown)
     return results
@@ -280,14 +282,16 @@ class _TokenProgress:
         self.done = done
 
 
-def _check_disk(path: Path, model: Any, config: BuildConfig, clusters: int) -> None:
-    need = (clusters + 1) * adapter_bytes(model, config.train.rank)
-    if config.train.recipe == "joint":  # a state is written beside the one before it
-        need += 2 * state_bytes(model, config.train.rank, clusters)
+def _check_disk(path: Path, work: Work, model: Any, config: BuildConfig, clusters: Clusters) -> None:
+    experts = len(clusters.access)
+    need = (experts + 1) * adapter_bytes(model, config.train.rank)
+    if config.train.recipe == "joint" and not work.has(training.result_file(TRUNK)):
+        public = sum(not access for access in clusters.access)  # a state is written beside the one before it
+        need += (1 if tokens_kept(work) else 2) * state_bytes(model, config.train.rank, public)
     free = shutil.disk_usage(path).free
     if free < need:
         raise TemporaryError(
-            f"{clusters} experts of rank {config.train.rank} need {need / 2**20:,.0f} MiB in {path}, "
+            f"{experts} experts of rank {config.train.rank} need {need / 2**20:,.0f} MiB in {path}, "
             f"and {free / 2**20:,.0f} MiB are free",
             "free some space, choose another folder, or lower cluster.clusters or train.rank; "
             "the same command goes on from here",

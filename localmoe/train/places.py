@@ -61,10 +61,13 @@ class _Graph(NamedTuple):
 class Places:
     """The factors that are trained, flat: [places, parameters], the A of all modules, then from `middle` on their B.
 
-    With `freeze_A` they are B alone, and all places share the A of `like`. c is the same in all places.
+    With `freeze_A` they are B alone, and all places share the A of `like`. c is the same in all places. With
+    `gradients_only` there is no optimiser: `put` and `learn` in the place of `load` and `step`.
     """
 
-    def __init__(self, model: Any, like: Adapter, count: int, freeze_A: bool) -> None:
+    def __init__(
+        self, model: Any, like: Adapter, count: int, freeze_A: bool = False, gradients_only: bool = False
+    ) -> None:
         self.model, self.count, self._frozen = model, count, freeze_A
         self._like = {name: LowRank(u.A, u.B, u.c.to(model.device)) for name, u in like.items()}
         self.middle = 0 if freeze_A else sum(update.A.numel() for update in like.values())
@@ -75,10 +78,12 @@ class Places:
             self._parts[name] = (first, slice(end, end + update.B.numel()))
             begin, end = first.stop, end + update.B.numel()
 
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(count, end, dtype=dtype, device=model.device)
+        def zeros(dtype: torch.dtype, rows: int = count) -> Tensor:
+            return torch.zeros(rows, end, dtype=dtype, device=model.device)
 
-        self._factors, self._first, self._second = (zeros(torch.float32) for _ in range(3))
+        moments = 0 if gradients_only else count
+        self._factors = zeros(torch.float32)
+        self._first, self._second = (zeros(torch.float32, moments) for _ in range(2))
         self._applied, self._gradient = zeros(model.dtype), zeros(model.dtype)
         self._last: tuple[Adapter, Tensor] | None = None
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
@@ -261,8 +266,8 @@ class _Turn:
         """Raises UsageError for a linear that has run before, or on other rows: its gradients would be wrong."""
         if name in self.seen or rows != self.tokens:
             raise UsageError(
-                f"{name} runs twice, or on a part of the tokens, which cannot be trained in places on a GPU",
-                "train on the CPU: CUDA_VISIBLE_DEVICES= before the same command",
+                f"{name} runs twice, or on a part of the tokens: such a base is trained neither jointly nor on a GPU",
+                "use the CPU and another recipe: CUDA_VISIBLE_DEVICES= before the same command, and --recipe trunk",
             )
         self.seen.add(name)
 

@@ -273,9 +273,11 @@ def _speed(
     rate, seed = config.train.learning_rate, config.seed
     with suppress(_Enough):
         if mixed:
-            mixes = [(passage, [(k, 1 / mixed) for k in range(mixed)]) for passage in passages]
+            most = 2 * mixed  # about as many experts as there are: a mix holds half of them at most
+            taught = ([(place + k) % most for k in range(mixed)] for place in range(len(passages)))
+            mixes = [(p, [(k, 1 / mixed) for k in experts]) for p, experts in zip(passages, taught, strict=True)]
             tokens = sum(passage.predicted for passage in passages)
-            train_jointly(model, JointJob(mixes, mixed, start, settings, rate, 1.0, seed, tokens), progress)
+            train_jointly(model, JointJob(mixes, most, start, settings, rate, 1.0, seed, tokens), progress)
         else:
             train(model, passages, start, settings, rate, seed, progress=progress)
     return sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])

@@ -52,20 +52,20 @@ def places_for(model: Any, jobs: Sequence[Job]) -> int:
     """How many of these trainings are worth running at once: one on a CPU or on several GPUs, else what fills it."""
     if not captured(model) or not jobs:
         return 1
-    free = _free(model.device)
+    room = free(model.device)
     parameters = sum(update.A.numel() + update.B.numel() for update in jobs[0].start.values())
-    fit = int(MEMORY_SHARE * free / (PARAMETER_BYTES * parameters))
+    fit = int(MEMORY_SHARE * room / (PARAMETER_BYTES * parameters))
     shape = model.config.get_text_config()
-    most = min(TOKENS_AT_ONCE, int(MEMORY_SHARE * free / (_WIDTHS * shape.hidden_size * shape.num_hidden_layers)))
+    most = min(TOKENS_AT_ONCE, int(MEMORY_SHARE * room / (_WIDTHS * shape.hidden_size * shape.num_hidden_layers)))
     longest = max(len(passage) for job in jobs for passage in (*job.passages, *job.read))
     tokens = longest * max(job.config.batch for job in jobs)
     return max(1, min(fit, most // tokens, len(jobs)))
 
 
-def _free(device: torch.device) -> int:
+def free(device: torch.device) -> int:
     """Bytes of a GPU that are free, or that torch holds unused."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    left, _ = torch.cuda.mem_get_info(device)
+    return left + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def train_together(

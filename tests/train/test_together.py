@@ -136,8 +136,8 @@ def test_places_fill_the_memory_and_the_tokens_of_a_step(monkeypatch: pytest.Mon
     read = Job((), start, CONFIG, 1e-2, 0, read=tiny.passages(16))
     assert together.places_for(model, [read] * 9) == 1
     monkeypatch.setattr(together, "captured", lambda model: True)
-    monkeypatch.setattr(together, "_free", lambda device: 2**40)
+    monkeypatch.setattr(together, "free", lambda device: 2**40)
     assert together.places_for(model, [read] * 9) == 9
     assert together.places_for(model, [read] * 9999) == together.TOKENS_AT_ONCE // (16 * CONFIG.batch)
-    monkeypatch.setattr(together, "_free", lambda device: 1)
+    monkeypatch.setattr(together, "free", lambda device: 1)
     assert together.places_for(model, [read] * 9) == 1
