@@ -41,6 +41,7 @@ class DenseBuffer:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._workspaces = Workspace(layout, whole=False), Workspace(layout, whole=False)
+        self._sums = Workspace(layout, whole=True)
         self._stage = Stage(layout)
         self._level = level_for(layout)
         self._tiles = kernels.Buffer()
@@ -54,7 +55,7 @@ class DenseBuffer:
     def bytes(self) -> int:
         """Memory held, the workspace included."""
         held = sum(workspace.bytes for workspace in self._workspaces) + self._both.nbytes + self._stage.memory.nbytes
-        held += self._tiles.bytes
+        held += self._tiles.bytes + self._sums.bytes
         return held + sum(buffer.nbytes for buffer in self._buffers.values())
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class DenseBuffer:
         if key is not None and key == self.held:
             return
         self.held = None  # until it is whole
-        if self._by_tiles and active.shared is None:
+        if self._by_tiles:
             self._write_tiles(active)
         elif self._level > 0 and active.shared is None:
             self._write_laid(active)
@@ -151,10 +152,9 @@ class DenseBuffer:
         return products
 
     def _write_tiles(self, active: Active) -> None:
-        """The same by `kernels.merge`, all targets at once."""
-        A, Bt = active.addresses
-        counts = np.array([expert.ranks for expert in active.experts]).T  # [targets, N]
-        changed = counts.sum(axis=1) > 0
+        """The same by `kernels.merge`, all targets at once; experts of one A are summed before."""
+        factors, weights = self._factors(active)
+        changed = factors.rows.sum(axis=1) > 0
         linears = []
         for target, here in zip(self._layout.targets, changed, strict=True):
             if not here:
@@ -165,8 +165,21 @@ class DenseBuffer:
             base, out = target.module._parameters["weight"], self._buffers[target.name]
             linears.append((target.d_in, target.d_out, base.data_ptr(), out.data_ptr()))  # type: ignore[union-attr]
         if linears:
-            factors = kernels.Factors(A[changed], Bt[changed], counts[changed])
-            merge(np.array(linears).T.copy(), factors, active.weights[0], self._tiles)
+            factors = kernels.Factors(*(part[changed] for part in factors))
+            merge(np.array(linears).T.copy(), factors, weights, self._tiles)
+
+    def _factors(self, active: Active) -> tuple[kernels.Factors, Tensor]:
+        """Where the factors of all targets lie [targets, N], and the weights [N] of the experts they are of."""
+        shared = active.shared
+        if shared is None:
+            A, Bt = active.addresses
+            return kernels.Factors(A, Bt, np.array([expert.ranks for expert in active.experts]).T), active.weights[0]
+        summed, where = [], []
+        for index, parts in enumerate(shared.parts):
+            summed += [Bt.data_ptr() for Bt in self._sums.fill(index, active, merge_shared=True).Bt]
+            where += [kernels.address(part) for part in parts]
+        counts = np.array(shared.ranks)[:, None]
+        return kernels.Factors(np.array(where)[:, None], np.array(summed)[:, None], counts), torch.ones(1)
 
     def _write_laid(self, active: Active) -> None:
         """The same by `kernels.lay`, target by target, into memory that the nearest caches hold."""

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mixing import executor, mix, oracle
 
-from localmoe.lora import Adapter
+from localmoe.lora import Adapter, LowRank
 from localmoe.models import target_linears
 from localmoe.runtime.execution import dense, kernels
 from localmoe.runtime.execution.choice import Way
@@ -239,6 +239,28 @@ def test_a_dense_merge_is_as_exact_as_from_gathered_factors(
     assert errors[0] < 1.2 * errors[1]
     by_tiles = level == 2 and name == "llama"  # GPT-2 keeps its weights transposed
     assert (len(laid), len(merged)) == ((0, 1) if by_tiles else (len(adapters["a"]), 0))
+
+
+@HERE
+def test_experts_of_one_a_are_summed_and_then_merged_by_tiles_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _here(2)
+    model, _ = _wide()
+    trunk = tiny.random_adapter(model, 1, 4)
+    own = {key: tiny.random_adapter(model, seed, 4) for key, seed in (("a", 2), ("b", 3), ("c", 4))}
+    adapters = {
+        key: {name: LowRank(trunk[name].A, one[name].B, trunk[name].c) for name in trunk} for key, one in own.items()
+    }
+    ids, errors, merged = tiny.passages(9)[0].tokens[None], [], []
+    monkeypatch.setattr(dense, "merge", _counted(dense.merge, merged))
+    for at in (2, 0):
+        monkeypatch.setattr(kernels, "level", lambda at=at: at)
+        run = executor(model, adapters, trunk)
+        for chosen in (mix(a=0.7, b=-0.4, c=1.1), mix(a=0.2, c=0.8)):  # the second in the same memory
+            exact = oracle(model, adapters, chosen, ids)
+            with torch.inference_mode(), run.attached(run.load([chosen]), "dense"):
+                errors.append((model(ids).logits.double() - exact).abs().mean())
+    assert errors[0] < 1.2 * errors[2] and errors[1] < 1.2 * errors[3]
+    assert len(merged) == 2
 
 
 @HERE
