@@ -94,8 +94,13 @@ class Training:
     last_loss: float
     learning_rate: float
     attempts: Annotated[int, Field(ge=1)]
-    with_trunk: bool = False
-    """Trained in the trunk's own steps (recipe `joint`): these tokens are among the trunk's."""
+    kept: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of an expert trained in the trunk's own steps (recipe `joint`): share of what set it apart that was kept."""
+
+    @property
+    def with_trunk(self) -> bool:
+        """Whether these tokens are among the trunk's."""
+        return self.kept is not None
 
 
 @dataclass(frozen=True, config=_STRICT)

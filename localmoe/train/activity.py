@@ -58,7 +58,7 @@ def search_active(
         return config.active
     chosen = sorted(sorted(range(len(rows)), key=lambda place: ground.rows.ids[rows[place]])[:JUDGES])
     passages = ground.work.passages([rows[place] for place in chosen])  # in the order of their rows, whatever is asked
-    judges = {place: _suffix(parts[0]) for place, parts in zip(chosen, passages, strict=True) if parts}
+    judges = {place: suffix(parts[0]) for place, parts in zip(chosen, passages, strict=True) if parts}
     judges = {place: passage for place, passage in judges.items() if passage.predicted > 0}
     if len(judges) < ENOUGH or not centroids.experts:
         watch(Event("route", 1, 1, f"{config.active:g} active experts, others not tried: too few tune documents"))
@@ -119,6 +119,6 @@ def _losses(
     return found
 
 
-def _suffix(passage: Passage) -> Passage:
+def suffix(passage: Passage) -> Passage:
     """The passage, its loss taken after the prefix alone."""
     return Passage(passage.tokens, passage.labels & (torch.arange(len(passage)) >= PREFIX_TOKENS))

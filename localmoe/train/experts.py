@@ -186,9 +186,9 @@ def _result(task: AdapterTask, made: _Made | DivergedError) -> AdapterResult:
 
 
 def left_in_bank(
-    task: AdapterTask, trained: Trained, rate: float, attempts: int, judged: Outcome, with_trunk: bool = False
+    task: AdapterTask, trained: Trained, rate: float, attempts: int, judged: Outcome, kept: float | None = None
 ) -> AdapterResult:
-    """An adapter written into the bank, and the record of it."""
+    """An adapter written into the bank, and the record of it; kept: as in `Training`."""
     losses = trained.first_loss, trained.last_loss
     record = write_adapter(
         Path(task.bank),
@@ -196,7 +196,7 @@ def left_in_bank(
         trained.adapter,
         task.base_id,
         needs_transpose(model_of(task)),
-        Training(trained.tokens, trained.steps, *losses, rate, attempts, with_trunk),
+        Training(trained.tokens, trained.steps, *losses, rate, attempts, kept),
     )
     return AdapterResult(record, judged)
 

@@ -17,7 +17,6 @@ from localmoe.routing import routers
 from localmoe.train.checks import nearest_rows
 from localmoe.train.clusters import Clusters, nearest
 from localmoe.train.experts import AdapterTask
-from localmoe.train.joint import Weights
 from localmoe.train.rows import Rows
 from localmoe.train.work import Work
 
@@ -52,8 +51,6 @@ class Groundwork:
     """Rate of experts after a trunk, as a multiple of that: as configured, or as found."""
     read: Mapping[int, frozenset[int]] = field(default_factory=dict)
     """Row → passages that the trunk has read, where it makes less than one pass; experts read the others first."""
-    mixes: Mapping[int, Weights] = field(default_factory=dict)
-    """Row of a public document → its mix; recipe `joint` trains by it."""
 
     @property
     def expert_ids(self) -> tuple[str, ...]:

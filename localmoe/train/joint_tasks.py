@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from pydantic import TypeAdapter
 from localmoe.bank.manifest import Outcome
 from localmoe.config import as_dict
 from localmoe.encoders import Encoder
-from localmoe.lora import Adapter, stack
+from localmoe.lora import Adapter
+from localmoe.packing import Passage
 from localmoe.routing import Centroids, route
-from localmoe.train.activity import prompts_of
+from localmoe.train.activity import prompts_of, suffix
 from localmoe.train.checks import Nll, choose_beta, document_nll, outcome
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import (
@@ -33,8 +34,18 @@ from localmoe.train.experts import (
 )
 from localmoe.train.groundwork import Groundwork, rate_beside_trunk
 from localmoe.train.joint import JointJob, JointTrained, Weights, train_jointly
+from localmoe.train.rates import judges_of
+from localmoe.train.shrinkage import mixed, search_share, shrunk
 from localmoe.train.training import fresh_adapter
 from localmoe.train.work import Work
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """Weights over `public_experts` by row: of whole documents, and of the first tokens of some tune documents."""
+
+    documents: Mapping[int, Weights]
+    prompts: Mapping[int, Weights]
 
 
 def public_experts(ground: Groundwork) -> list[int]:
@@ -42,8 +53,8 @@ def public_experts(ground: Groundwork) -> list[int]:
     return [k for k, access in enumerate(ground.clusters.access) if not access]
 
 
-def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder: Encoder) -> dict[int, Weights]:
-    """Row of every public train and tune document → weights over `public_experts`, by the router of the bank.
+def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder: Encoder) -> Mixes:
+    """The mixes of all public train and tune documents, by the router of the bank.
 
     β is found as for the finished bank: on the first tokens of tune documents, for `route.active` experts (the bank's
     own is found anew if an expert turns out harmful, or if `search.active` chose another number).
@@ -52,26 +63,36 @@ def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder
     vectors, means = (torch.from_numpy(part[experts]) for part in (ground.clusters.centroids, ground.clusters.means))
     names = [ground.expert_ids[k] for k in experts]
     centroids = Centroids(tuple(names), vectors, "", means)
-    _, prompts = prompts_of(ground, tokenizer)
-    record, _ = choose_beta(encoder.encode(prompts), centroids, ground.config.route)
-    rows = [*ground.rows.where("train", ()), *ground.rows.where("tune", ())]
-    queries = torch.nn.functional.normalize(torch.from_numpy(embeddings[rows]), dim=1)
-    mixes = route(queries, centroids, replace(ground.config.route, beta=record.beta, active=max(1.0, record.wanted)))
+    tune, prompts = prompts_of(ground, tokenizer)
+    vectors_of_prompts = encoder.encode(prompts)
+    record, _ = choose_beta(vectors_of_prompts, centroids, ground.config.route)
+    config = replace(ground.config.route, beta=record.beta, active=max(1.0, record.wanted))
     place = {name: number for number, name in enumerate(names)}
-    return {
-        row: tuple((place[name], weight) for name, weight in zip(mix.experts, mix.weights, strict=True))
-        for row, mix in zip(rows, mixes, strict=True)
-    }
+
+    def mixes(rows: Sequence[int], vectors: np.ndarray) -> dict[int, Weights]:
+        queries = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+        found = route(queries, centroids, config)
+        pairs = (zip(mix.experts, mix.weights, strict=True) for mix in found)
+        return {row: tuple((place[name], w) for name, w in mix) for row, mix in zip(rows, pairs, strict=True)}
+
+    rows = [*ground.rows.where("train", ()), *ground.rows.where("tune", ())]
+    chosen = judges_of(ground.rows)
+    places = [tune.index(row) for row in chosen]
+    return Mixes(mixes(rows, embeddings[rows]), mixes(chosen, vectors_of_prompts[places]) if chosen else {})
 
 
 def run_jointly(
-    trunk: AdapterTask, experts: Sequence[AdapterTask], mixes: Mapping[int, Weights], progress: Progress | None = None
+    trunk: AdapterTask,
+    experts: Sequence[AdapterTask],
+    mixes: Mixes,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _sentence: None,
 ) -> AdapterResult:
     """The trunk's result and, left in the work folder, those of the experts, all trained in the same steps.
 
-    mixes: row of every train and tune document → weights over `experts`. An expert is good if the tune documents
-    nearest to it are better off with their mixes than with the trunk (a lone one: than with the base). An
-    interrupted training goes on from the state that was kept last; one that diverges is begun again at half the rate.
+    What sets experts apart is kept as far as tune documents like it (`shrinkage`). An expert is good if those nearest
+    to it are better off with their mixes than with the trunk (a lone one: than with the base). An interrupted training
+    goes on from the state that was kept last; one that diverges is begun again at half the rate.
     """
     work = Work(Path(trunk.bank), trunk.key)
     if not work.has(result_file(trunk.name)):
@@ -81,7 +102,10 @@ def run_jointly(
             failed = AdapterResult(None, Outcome("failed", 0, None, None, error.what))
             work.write_json(result_file(trunk.name), as_dict(failed))
         else:
-            _keep(work, trunk, experts, mixes, found, rate, attempts)
+            share, told = search_share(model_of(trunk), found, _judges(work, mixes))
+            if told:
+                say(_share_text(share, told))
+            _keep(work, trunk, experts, mixes, shrunk(found, share), rate, attempts, share)
         for attempt in range(1, ATTEMPTS + 1):
             work.remove(_state(attempt))
     return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(trunk.name)))
@@ -91,13 +115,13 @@ def _trained(
     work: Work,
     trunk: AdapterTask,
     experts: Sequence[AdapterTask],
-    mixes: Mapping[int, Weights],
+    mixes: Mixes,
     progress: Progress | None,
 ) -> tuple[JointTrained, float, int]:
     """The training, the trunk's rate in it, and how many were begun."""
     passages = list(passages_of(work, trunk))
     job = JointJob(
-        [(passage, mixes[row]) for (row, _), passage in passages],
+        [(passage, mixes.documents[row]) for (row, _), passage in passages],
         len(experts),
         fresh_adapter(model_of(trunk), trunk.config, trunk.seed),
         trunk.config,
@@ -120,6 +144,19 @@ def _trained(
     raise diverged
 
 
+def _judges(work: Work, mixes: Mixes) -> list[tuple[Passage, Weights]]:
+    """What follows the first tokens of some tune documents, with the mixes of these: as an evaluation will have it."""
+    rows = sorted(mixes.prompts)
+    found = zip(rows, work.passages(rows), strict=True)
+    passages = ((suffix(parts[0]), mixes.prompts[row]) for row, parts in found if parts)
+    return [(passage, weights) for passage, weights in passages if passage.predicted > 0]
+
+
+def _share_text(share: float, told: Mapping[float, float]) -> str:
+    tried = ", ".join(f"{one:g}: {nll:.4f}" for one, nll in told.items())
+    return f"experts keep {share:.0%} of what sets them apart, by nats a token on tune documents ({tried})"
+
+
 def tokens_kept(work: Work) -> int:
     """Label tokens that an interrupted training has seen, as far as its state was kept."""
     name = _state(_begun(work))
@@ -139,10 +176,11 @@ def _keep(
     work: Work,
     trunk: AdapterTask,
     experts: Sequence[AdapterTask],
-    mixes: Mapping[int, Weights],
+    mixes: Mixes,
     found: JointTrained,
     rate: float,
     attempts: int,
+    share: float,
 ) -> None:
     """Adapters and results, the trunk's last: it says that all are there.
 
@@ -152,8 +190,8 @@ def _keep(
     own = [expert.adapter for expert in found.experts]
     expert_rate = rate * rate_beside_trunk(trunk.config)
     for task, one in zip(experts, found.experts, strict=True):
-        judged = _judged(work, task, reference, lambda row: _mix(own, mixes[row]))
-        result = left_in_bank(task, one, expert_rate, attempts, judged, with_trunk=True)
+        judged = _judged(work, task, reference, lambda row: mixed(own, mixes.documents[row]))
+        result = left_in_bank(task, one, expert_rate, attempts, judged, share)
         work.write_json(result_file(task.name), as_dict(result))
     judged = _judged(work, trunk, None, lambda _row: found.trunk.adapter)
     work.write_json(result_file(trunk.name), as_dict(left_in_bank(trunk, found.trunk, rate, attempts, judged)))
@@ -168,8 +206,3 @@ def _judged(work: Work, task: AdapterTask, reference: Adapter | None, adapter_of
         own |= document_nll(model, {row: passages}, adapter_of(row))
         other |= document_nll(model, {row: passages}, reference)
     return outcome(own, other)
-
-
-def _mix(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
-    """Σ w_k of the experts, at their one A."""
-    return {module: stack([adapters[k][module].scaled(weight) for k, weight in weights]) for module in adapters[0]}

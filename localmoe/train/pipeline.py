@@ -47,7 +47,7 @@ from localmoe.train.groundwork import (
     trunk_epochs,
 )
 from localmoe.train.joint import state_bytes
-from localmoe.train.joint_tasks import mixes_of, public_experts, run_jointly, tokens_kept
+from localmoe.train.joint_tasks import Mixes, mixes_of, public_experts, run_jointly, tokens_kept
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import search_expert_rate, search_rate
 from localmoe.train.records import choose_router, expert_records, write_files
@@ -113,11 +113,10 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     asked = config.train
     ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, rate_after_trunk(asked))
     ground = replace(ground, learning_rate=search_rate(ground, watch))
-    if config.train.recipe == "joint" and rows.where("train", ()):
-        ground = replace(ground, mixes=mixes_of(ground, embeddings, tokenizer, encoder))
-    trunk = _train_trunk(ground, watch)
+    joint = config.train.recipe == "joint" and bool(rows.where("train", ()))
+    trunk = _train_trunk(ground, mixes_of(ground, embeddings, tokenizer, encoder) if joint else None, watch)
     start = trunk.adapter if trunk is not None else None
-    if start is not None and not ground.mixes:
+    if start is not None and not joint:
         ground = replace(ground, read=training.passages_read(work, _trunk_task(ground)))
     ground = replace(ground, expert_rate=search_expert_rate(ground, start, watch))
     experts = expert_records(ground, _train_experts(ground, start, map, watch))
@@ -209,7 +208,7 @@ def _cluster(work: Work, embeddings: np.ndarray, rows: Rows, config: BuildConfig
     return found
 
 
-def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
+def _train_trunk(ground: Groundwork, mixes: Mixes | None, watch: Watch) -> AdapterResult | None:
     """One adapter over all public train documents, or None for recipe `paper` or without public documents."""
     if ground.config.train.recipe == "paper":
         return None
@@ -220,13 +219,13 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
     task = _trunk_task(ground)
     total = ground.tokens(public, trunk_epochs(ground.config.train))
     progress = _TokenProgress("trunk", total, watch)
-    if ground.config.train.recipe == "joint":
+    if mixes is not None:
         kept = tokens_kept(ground.work)
         going_on = f"; going on after {kept:,} tokens" if kept else ""
         watch(Event("trunk", kept, total, f"with {len(public_experts(ground))} experts, in the same steps{going_on}"))
         progress.reset(kept)
         beside = [ground.expert_task(k, None) for k in public_experts(ground)]
-        result = run_jointly(task, beside, ground.mixes, progress)
+        result = run_jointly(task, beside, mixes, progress, lambda said: watch(Event("trunk", total, total, said)))
     else:
         watch(Event("trunk", 0, total))
         result = training.run(task, progress)
@@ -237,7 +236,11 @@ def _train_trunk(ground: Groundwork, watch: Watch) -> AdapterResult | None:
 
 def _train_experts(ground: Groundwork, start: AdapterRecord | None, map: Map, watch: Watch) -> list[AdapterResult]:
     tasks = [ground.expert_task(k, start) for k in range(len(ground.expert_ids))]
-    with_trunk = {tasks[k].name for k in public_experts(ground)} if ground.mixes and start is not None else set()
+    with_trunk = (
+        {tasks[k].name for k in public_experts(ground)}
+        if ground.config.train.recipe == "joint" and start is not None
+        else set()
+    )
     alone = [task for task in tasks if task.name not in with_trunk]
     finished = [task for task in alone if ground.work.has(training.result_file(task.name))]
     total = sum(ground.tokens(task.train_rows, task.epochs) for task in alone)
