@@ -196,7 +196,7 @@ def _outcome_text(outcome: dict[str, Any], reference: str) -> str:
 def _training_data(manifest: Manifest) -> dict[str, Any]:
     """Label tokens and peak rates: of the trunk (None without one), and of the experts, rate → how many have it.
 
-    `with_trunk`: those of the experts' tokens that are the trunk's too.
+    `with_trunk`: those of the experts' tokens that are the trunk's too; `kept`: the share of what set these apart.
     """
     trunk = None if manifest.trunk is None else manifest.trunk.training
     experts = [one.adapter.training for one in manifest.experts if one.adapter is not None]
@@ -207,6 +207,7 @@ def _training_data(manifest: Manifest) -> dict[str, Any]:
         "experts": {
             "tokens": sum(training.tokens for training in known),
             "with_trunk": sum(training.tokens for training in known if training.with_trunk),
+            "kept": next((training.kept for training in known if training.with_trunk), None),
             "rates": dict(rates.most_common()),
         },
     }
@@ -218,8 +219,10 @@ def _training_text(data: dict[str, Any]) -> str:
     if experts["rates"]:
         rates = experts["rates"]
         told = next(iter(rates)) if len(rates) == 1 else ", ".join(f"{rate} ({count})" for rate, count in rates.items())
-        shared = f", {experts['with_trunk']:,} of them in the trunk's steps" if experts["with_trunk"] else ""
-        parts.append(f"experts {experts['tokens']:,} tokens at {told}{shared}")
+        parts.append(f"experts {experts['tokens']:,} tokens at {told}")
+        if experts["with_trunk"]:
+            kept = f"{experts['kept']:.0%} of what sets them apart kept"
+            parts.append(f"{experts['with_trunk']:,} of them in the trunk's steps, {kept}")
     return "; ".join(parts) if parts else "not recorded"
 
 

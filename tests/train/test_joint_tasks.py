@@ -22,7 +22,7 @@ from localmoe.routing import Centroids, route
 from localmoe.runtime.router import route_config
 from localmoe.train import joint, joint_tasks
 from localmoe.train.course import DivergedError
-from localmoe.train.joint import JointJob, train_jointly
+from localmoe.train.joint import JointJob, JointTrained, train_jointly
 from localmoe.train.progress import Event
 
 Make = Callable[..., BuildConfig]
@@ -67,6 +67,32 @@ def test_a_joint_bank_has_a_trunk_and_experts_beside_it_that_count_no_token_twic
     each = [expert.adapter.training.tokens for expert in bank.manifest.experts if expert.adapter is not None]  # type: ignore[union-attr]
     assert sum(each) == pytest.approx(record.training.tokens, abs=len(each))
     assert {(event.done, event.total) for event in events if event.stage == "experts"} == {(1, 1)}
+
+
+def test_what_sets_experts_apart_is_kept_as_far_as_tune_documents_like_it(
+    config: Make, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = localmoe.build(tiny_corpus, tmp_path / "whole", config(train={"expert_rate": 0.01}))
+    judged: list[int] = []
+
+    def half(model: Any, found: JointTrained, judges: Any) -> Any:
+        judged.append(len(judges))
+        return 0.5, {0.5: 1.0}
+
+    monkeypatch.setattr(joint_tasks, "search_share", half)
+    events: list[Event] = []
+    bank = localmoe.build(tiny_corpus, tmp_path / "bank", config(train={"expert_rate": 0.01}), watch=events.append)
+    assert judged == [sum(split == "tune" for split in bank.documents()["split"].to_pylist())]
+    assert any("experts keep 50% of what sets them apart" in event.note for event in events if event.stage == "trunk")
+    trunk, other = bank.trunk(), whole.trunk()
+    assert trunk is not None and other is not None
+    kept = whole.manifest.experts[0].adapter.training.kept  # type: ignore[union-attr]
+    for expert in bank.manifest.experts:
+        assert expert.adapter is not None and expert.adapter.training is not None
+        assert expert.adapter.training.kept == 0.5
+        for name, update in bank.adapter(expert.id).items():
+            far = (whole.adapter(expert.id)[name].B.float() - other[name].B.float()) / kept
+            torch.testing.assert_close(update.B.float() - trunk[name].B.float(), 0.5 * far, rtol=0.1, atol=1e-3)
 
 
 @pytest.mark.parametrize("router", ["sparse_softmax", "uniform", "sift", "members", "nearest"])
