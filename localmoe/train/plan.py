@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localmoe.config import BuildConfig
+from localmoe.config import BuildConfig, Recipe
 from localmoe.encoders import Encoder, load_encoder
 from localmoe.packing import Passage
 from localmoe.train import clusters as clustering
@@ -67,6 +67,7 @@ class Plan:
 
     notes: tuple[str, ...]
     """What was read and what was not, as sentences."""
+    recipe: Recipe
     documents: dict[str, int]
     """By split: train, tune, test, unused (not sampled)."""
     tokens: dict[str, int]
@@ -93,10 +94,22 @@ SCARCE, AMPLE = 2.0, 10.0
 """Tokens for every parameter of an adapter below which text, above which room was seen to be scarce (choosing.md)."""
 
 
+FEW = 500
+"""Train documents below which jointly trained experts were not seen to beat one adapter (choosing.md)."""
+
+
 def advice(plan: Plan) -> str:
     """On which side of the border a corpus lies, where one adapter for all would do as well (docs/choosing.md)."""
     measure = f"{plan.tokens_per_parameter:.2g} train tokens for every parameter of an adapter"
     unlike = f"clusters hold {plan.explained:.0%} of the variance between documents"
+    if plan.recipe == "joint":
+        count = plan.documents.get("train", 0)
+        if count < FEW:
+            return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
+        return (
+            "likely where parts of the corpus are written differently, hardly on one kind of text that the base knows "
+            f"well; measure it: localmoe eval; {unlike}"
+        )
     if plan.tokens_per_parameter >= AMPLE:
         return f"{measure}: one adapter cannot hold all of it, so experts are likely to pay; {unlike}"
     if plan.tokens_per_parameter > SCARCE:
@@ -144,6 +157,7 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
     training_bytes = state_bytes(model, config.train.rank, public)
     return Plan(
         notes=tuple(report.finish().lines()),
+        recipe=config.train.recipe,
         documents=counts["split_documents"],
         tokens=tokens,
         wanted=advised_clusters(tokens["train"], config.cluster),

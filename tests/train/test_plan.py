@@ -11,7 +11,7 @@ from localmoe.config import BuildConfig, ClusterConfig, SearchConfig, TrainConfi
 from localmoe.errors import CorpusError
 from localmoe.models import load_model
 from localmoe.train import plan as planning
-from localmoe.train.plan import AMPLE, SCARCE, Plan, advice, plan
+from localmoe.train.plan import AMPLE, FEW, SCARCE, Plan, advice, plan
 from localmoe.train.progress import Event
 from localmoe.train.rates import EXPERTS
 
@@ -139,6 +139,15 @@ def test_the_advice_turns_where_an_adapter_is_full(tiny_corpus: Path, config: Bu
     assert 0.3 < found.explained < 1  # four topics without a common word
     for ratio, word in ((AMPLE, "likely to pay"), (2 * SCARCE, "measure it"), (SCARCE / 2, "scarce")):
         assert word in advice(replace(found, tokens_per_parameter=ratio))
+
+
+@pytest.mark.parametrize(("documents", "word"), [(FEW - 1, "so few"), (FEW, "written differently")])
+def test_the_advice_for_a_joint_training_goes_by_documents(
+    documents: int, word: str, tiny_corpus: Path, config: BuildConfig
+) -> None:
+    found = plan(tiny_corpus, replace(config, train=replace(config.train, recipe="joint")), probe=False)
+    assert word in advice(replace(found, documents={"train": documents}))
+    assert "of the variance" in advice(found)
 
 
 def test_rates_to_try_take_time_too(tiny_corpus: Path, config: BuildConfig) -> None:
