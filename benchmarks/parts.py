@@ -175,15 +175,18 @@ def merge(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def switch(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
-    """From one mix to the next by `dense`, and the addmm of every target weight with factors already side by side."""
+    """From one mix to the next by `dense`, and the addmm of every target weight with factors already side by side.
+
+    Of experts with an A each, and of experts of one A, whose factors are summed before: there one addmm is of rank r.
+    """
     found = {}
-    for rank in bench.arguments.ranks:
-        experts = bench.experts(rank, bench.arguments.experts)
+    for rank, one_A in itertools.product(bench.arguments.ranks, (False, True)):
+        experts = bench.experts(rank, bench.arguments.experts, shared=one_A)
         ours = Ours(bench.model, bench.tokenizer, experts, None, "dense")
         for active in bench.arguments.active:
             queries = mixed_queries(bench.arguments.experts, active, 4)
             mixes = itertools.cycle([ours.select(query) for query in queries])
-            bare = _addmms(bench, rank * active)
+            bare = _addmms(bench, rank if one_A else rank * active)
             for _ in queries:
                 ours.switch(next(mixes))
             spent: dict[str, list[float]] = {"dense": [], "addmm": []}
@@ -192,9 +195,10 @@ def switch(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
                 spent["dense"].append(ours.switch(next(mixes)))
             medians = {name: statistics.median(values) for name, values in spent.items()}
             over = statistics.median(d / a for d, a in zip(spent["dense"], spent["addmm"], strict=True))
-            found[f"N={active} r={rank}"] = {"medians": medians, "dense_over_addmm": over, "rounds": spent}
+            name = f"N={active} r={rank}{', one A' if one_A else ''}"
+            found[name] = {"medians": medians, "dense_over_addmm": over, "rounds": spent}
             print(
-                f"switch, N={active} r={rank}: dense {medians['dense'] * 1e3:.1f} ms, "
+                f"switch, {name}: dense {medians['dense'] * 1e3:.1f} ms, "
                 f"bare addmm {medians['addmm'] * 1e3:.1f} ms, {over:.2f} times",
                 flush=True,
             )

@@ -84,8 +84,8 @@ class TrainConfig:
     """Updates are scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
-    expert_rate: Annotated[float, Field(gt=0)] | None = None
-    """Rate of experts, as a multiple of `learning_rate`; none = 1 with the trunk (recipe 'joint'), 0.25 after it."""
+    expert_rate: Annotated[float, Field(gt=0)] = 0.25
+    """Rate of experts with a trunk or after it, as a multiple of its; a trunk before them falls to it, or to 0.25."""
     trunk_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes of the trunk over all public documents, before the experts'; none = 1.5. Recipe 'joint' has no such."""
     epochs: Annotated[float, Field(gt=0)] | None = None

@@ -28,8 +28,6 @@ TRUNK_EPOCHS, JOINT_EPOCHS = 1.5, 2.0
 """Passes of a trunk by itself and with its experts, where the configuration leaves them open."""
 EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
 """Passes of an expert, where the configuration leaves them open."""
-RATE_AFTER_TRUNK, RATE_BESIDE_TRUNK = 0.25, 1.0
-"""Rate of experts as a multiple of the trunk's, where the configuration leaves it open."""
 BATCH_AFTER_TRUNK = 1
 """Passages per step of an expert that goes on from a trunk: it has few of them, and more steps teach it more."""
 
@@ -102,17 +100,7 @@ def trunk_epochs(config: TrainConfig) -> float:
 
 def trunk_floor(config: TrainConfig) -> float:
     """Share of its rate at which the trunk ends: experts go on from there, but for those trained with it."""
-    return 0.0 if config.recipe == "joint" else min(TRUNK_FLOOR, rate_after_trunk(config))
-
-
-def rate_after_trunk(config: TrainConfig) -> float:
-    """Rate of experts that go on from a trunk, as a multiple of its peak."""
-    return config.expert_rate if config.expert_rate is not None else RATE_AFTER_TRUNK
-
-
-def rate_beside_trunk(config: TrainConfig) -> float:
-    """Rate of experts that are trained with the trunk, as a multiple of its."""
-    return config.expert_rate if config.expert_rate is not None else RATE_BESIDE_TRUNK
+    return 0.0 if config.recipe == "joint" else min(TRUNK_FLOOR, config.expert_rate)
 
 
 def expert_epochs(config: TrainConfig, after_trunk: bool) -> float:

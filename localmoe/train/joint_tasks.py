@@ -32,7 +32,7 @@ from localmoe.train.experts import (
     tokens_of,
     tune_documents,
 )
-from localmoe.train.groundwork import Groundwork, rate_beside_trunk
+from localmoe.train.groundwork import Groundwork
 from localmoe.train.joint import JointJob, JointTrained, Weights, train_jointly
 from localmoe.train.rates import judges_of
 from localmoe.train.shrinkage import mixed, search_share, shrunk
@@ -126,7 +126,7 @@ def _trained(
         fresh_adapter(model_of(trunk), trunk.config, trunk.seed),
         trunk.config,
         trunk.learning_rate,
-        rate_beside_trunk(trunk.config),
+        trunk.config.expert_rate,
         trunk.seed,
         tokens_of(trunk, [passage for _, passage in passages]),
     )
@@ -188,7 +188,7 @@ def _keep(
     """
     reference = found.trunk.adapter if len(experts) > 1 else None
     own = [expert.adapter for expert in found.experts]
-    expert_rate = rate * rate_beside_trunk(trunk.config)
+    expert_rate = rate * trunk.config.expert_rate
     for task, one in zip(experts, found.experts, strict=True):
         judged = _judged(work, task, reference, lambda row: mixed(own, mixes.documents[row]))
         result = left_in_bank(task, one, expert_rate, attempts, judged, share)

@@ -43,7 +43,6 @@ from localmoe.train.groundwork import (
     check_settings,
     checked_on,
     name_in_bank,
-    rate_after_trunk,
     trunk_epochs,
 )
 from localmoe.train.joint import state_bytes
@@ -111,7 +110,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     _check_disk(path, work, model, config, clusters)
     checked = checked_on(rows, clusters, embeddings)
     asked = config.train
-    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, rate_after_trunk(asked))
+    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, asked.expert_rate)
     ground = replace(ground, learning_rate=search_rate(ground, watch))
     joint = config.train.recipe == "joint" and bool(rows.where("train", ()))
     trunk = _train_trunk(ground, mixes_of(ground, embeddings, tokenizer, encoder) if joint else None, watch)

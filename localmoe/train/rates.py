@@ -11,7 +11,7 @@ from localmoe.train import experts as training
 from localmoe.train.checks import ENOUGH, mean_nll
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import AdapterTask
-from localmoe.train.groundwork import TRUNK, Groundwork, rate_after_trunk, trunk_epochs
+from localmoe.train.groundwork import TRUNK, Groundwork, trunk_epochs
 from localmoe.train.progress import Event, Watch
 from localmoe.train.rows import Rows
 
@@ -82,7 +82,7 @@ def search_expert_rate(ground: Groundwork, start: AdapterRecord | None, watch: W
     decides. Experts that start from the base are trained at the trunk's rate, and nothing is tried; nor for recipe
     `joint`, where most are trained with the trunk.
     """
-    asked, unit = ground.config.search, rate_after_trunk(ground.config.train)
+    asked, unit = ground.config.search, ground.config.train.expert_rate
     if not asked.rates or start is None or ground.config.train.recipe == "joint":
         return unit
     order = sorted(range(len(ground.tune)), key=lambda k: (-len(ground.tune[k]), k))
