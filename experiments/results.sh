@@ -27,8 +27,6 @@ mixed_corpus() { # five kinds of text, of which the laboratory model has seen no
 trunk=(--recipe trunk --active 3) # as these were built, before there was recipe joint
 small=("${trunk[@]}" --base "$work/laboratory/model" --encoder static --clusters 12 --min-tokens 4000 --rank 4 --set train.alpha=4
     --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set threads=1)
-once=(--base $base --clusters 24 --learning-rate 1e-3 --set train.batch=1 --epochs 1 --set threads=1)
-shorter=base,trunk,merged,fine-tuned,merged-3,null,ensemble,ttt-trunk
 methods=base,trunk,merged,fine-tuned,merged-1,uniform,null,ensemble,merged-10,ttt-trunk
 tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
@@ -57,13 +55,15 @@ for part in $parts; do
             --set fine_tune.tune_tokens=25000 --set 'fine_tune.batches=[4]' --methods $methods --set ttt.documents=40 \
             --set ttt.neighbours=15 --set ttt.rate=5e-4 ;;
     python)
-        measure python "$work/python.jsonl" 100 256 "${once[@]}" --sample-tokens 500000 --min-tokens 8000 \
-            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 -- --documents 300 --set fine_tune.tune_tokens=50000 \
-            --set 'fine_tune.batches=[4]' --methods $shorter --set ttt.documents=40 --set ttt.neighbours=25 --set ttt.rate=1e-3 ;;
+        measure python "$work/python.jsonl" 100 256 "${trunk[@]}" --base $base --sample-tokens 150000 --clusters 8 --min-tokens 4000 \
+            --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.3 --set threads=1 -- --documents 300 \
+            --set fine_tune.tune_tokens=60000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=25 \
+            --set ttt.rate=1e-3 ;;
     wikipedia)
-        measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 "${once[@]}" --sample-tokens 400000 --min-tokens 6000 \
+        measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 400000 --clusters 24 --min-tokens 6000 \
+            --learning-rate 1e-3 --set train.batch=1 --set train.expert_rate=1 --epochs 1 --set threads=1 \
             --set corpus.tune_fraction=0.03 --set corpus.test_fraction=0.1 -- --documents 300 --set fine_tune.tune_tokens=40000 \
-            --set 'fine_tune.batches=[4]' --methods $shorter --set ttt.documents=40 --set ttt.neighbours=20 --set ttt.rate=5e-4 ;;
+            --set 'fine_tune.batches=[4]' --methods base,trunk,merged,fine-tuned,null ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done
