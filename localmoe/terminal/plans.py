@@ -49,7 +49,7 @@ def show_plan(console: Console, plan: Plan) -> None:
                     f"{bytes_text(plan.bank_bytes)} for the bank, {bytes_text(plan.work_bytes)} more while building",
                 ),
                 *_memory(plan),
-                ("time", "not measured (--no-probe)" if plan.times is None else _time_text(plan.times)),
+                ("time", "not measured (--no-probe)" if plan.times is None else _time_text(plan.times, plan.recipe)),
                 ("worth it?", advice(plan)),
             ]
         )
@@ -89,8 +89,8 @@ def _show_clusters(console: Console, plan: Plan) -> None:
     console.print(rows)
 
 
-def _time_text(times: Times) -> str:
-    stages = ["embedding", "rates", "trunk", "experts", "checks"]
+def _time_text(times: Times, recipe: str) -> str:
+    stages = ["embedding", "rates", "trunk with experts" if recipe == "joint" else "trunk", "experts", "checks"]
     seconds = [times.embed, times.rates, times.trunk, times.experts, times.checks]
     parts = ", ".join(f"{name} {duration_text(each)}" for name, each in zip(stages, seconds, strict=True) if each)
     speeds = f"{times.tokens_per_second:,.0f} tokens/s"
