@@ -63,6 +63,11 @@ def stack(updates: Sequence[LowRank]) -> LowRank:
     )
 
 
+def mixed(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LowRank]:
+    """Σ_k w_k ΔW_k of every module as one LowRank, exactly (`stack`); all adapters have the modules of the first."""
+    return {module: stack([adapter[module].scaled(weight) for adapter, weight in parts]) for module in parts[0][0]}
+
+
 class LowRankLinear(nn.Module):
     """A frozen linear module with a low-rank update beside it: y = base(x) + ((x Aᵀ) · c) Bᵀ.
 

@@ -13,7 +13,8 @@ import torch
 
 from localmoe.bank.manifest import ExpertRecord
 from localmoe.bank.peft import read_adapter
-from localmoe.lora import Adapter, stack
+from localmoe.encoders import Encoder
+from localmoe.lora import Adapter, mixed
 from localmoe.packing import Passage
 from localmoe.routing import WITHOUT_BETA, Centroids, Mix, route
 from localmoe.train.checks import ENOUGH, Nll, choose_beta, document_nll, mean_nll
@@ -26,14 +27,14 @@ PREFIX_TOKENS = 50
 """A prompt is the first tokens of a document, as the evaluation will show them (specification)."""
 
 
-def prompts_of(ground: Groundwork, tokenizer: Any) -> tuple[list[int], list[str]]:
-    """Rows of the public tune documents, and the first tokens of each, as an evaluation would route by them."""
+def prompts_of(ground: Groundwork, tokenizer: Any, encoder: Encoder) -> tuple[list[int], np.ndarray]:
+    """Rows of the public tune documents, and φ of the first tokens of each [n, d], as an evaluation would route."""
     rows, prompts = [], []
     for row, document in ground.work.chosen(ground.rows.where("tune", ())):
         rows.append(row)
         ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
         prompts.append(tokenizer.decode(ids, skip_special_tokens=True))
-    return rows, prompts
+    return rows, encoder.encode(prompts)
 
 
 def search_active(
@@ -113,9 +114,7 @@ def _losses(
     found = []
     for passage, mix in zip(passages, mixes, strict=True):
         parts = [(adapter(name), weight) for name, weight in zip(mix.experts, mix.weights, strict=True)]
-        modules = parts[0][0] if parts else {}
-        merged = {module: stack([part[module].scaled(weight) for part, weight in parts]) for module in modules}
-        found.append(document_nll(model, {0: (passage,)}, merged if parts else None)[0])
+        found.append(document_nll(model, {0: (passage,)}, mixed(parts) if parts else None)[0])
     return found
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,10 @@ from pydantic import TypeAdapter
 
 from localmoe.bank.manifest import Outcome
 from localmoe.config import as_dict
-from localmoe.encoders import Encoder
-from localmoe.lora import Adapter
+from localmoe.lora import Adapter, mixed
 from localmoe.packing import Passage
 from localmoe.routing import Centroids, route
-from localmoe.train.activity import prompts_of, suffix
+from localmoe.train.activity import suffix
 from localmoe.train.checks import Nll, choose_beta, document_nll, outcome
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import (
@@ -35,7 +33,7 @@ from localmoe.train.experts import (
 from localmoe.train.groundwork import Groundwork
 from localmoe.train.joint import JointJob, JointTrained, Weights, train_jointly
 from localmoe.train.rates import judges_of
-from localmoe.train.shrinkage import mixed, search_share, shrunk
+from localmoe.train.shrinkage import search_share, shrunk
 from localmoe.train.training import fresh_adapter
 from localmoe.train.work import Work
 
@@ -53,8 +51,8 @@ def public_experts(ground: Groundwork) -> list[int]:
     return [k for k, access in enumerate(ground.clusters.access) if not access]
 
 
-def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder: Encoder) -> Mixes:
-    """The mixes of all public train and tune documents, by the router of the bank.
+def mixes_of(ground: Groundwork, embeddings: np.ndarray, prompts: tuple[list[int], np.ndarray]) -> Mixes:
+    """The mixes of all public train and tune documents, by the router of the bank; prompts: of `prompts_of`.
 
     β is found as for the finished bank: on the first tokens of tune documents, for `route.active` experts (the bank's
     own is found anew if an expert turns out harmful, or if `search.active` chose another number).
@@ -63,8 +61,7 @@ def mixes_of(ground: Groundwork, embeddings: np.ndarray, tokenizer: Any, encoder
     vectors, means = (torch.from_numpy(part[experts]) for part in (ground.clusters.centroids, ground.clusters.means))
     names = [ground.expert_ids[k] for k in experts]
     centroids = Centroids(tuple(names), vectors, "", means)
-    tune, prompts = prompts_of(ground, tokenizer)
-    vectors_of_prompts = encoder.encode(prompts)
+    tune, vectors_of_prompts = prompts
     record, _ = choose_beta(vectors_of_prompts, centroids, ground.config.route)
     config = replace(ground.config.route, beta=record.beta, active=max(1.0, record.wanted))
     place = {name: number for number, name in enumerate(names)}
@@ -190,7 +187,9 @@ def _keep(
     own = [expert.adapter for expert in found.experts]
     expert_rate = rate * trunk.config.expert_rate
     for task, one in zip(experts, found.experts, strict=True):
-        judged = _judged(work, task, reference, lambda row: mixed(own, mixes.documents[row]))
+        judged = _judged(
+            work, task, reference, lambda row: mixed([(own[k], weight) for k, weight in mixes.documents[row]])
+        )
         result = left_in_bank(task, one, expert_rate, attempts, judged, share)
         work.write_json(result_file(task.name), as_dict(result))
     judged = _judged(work, trunk, None, lambda _row: found.trunk.adapter)

@@ -30,6 +30,7 @@ from localmoe.errors import TemporaryError, UsageError
 from localmoe.identity import fingerprint, remember
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
+from localmoe.train.activity import prompts_of
 from localmoe.train.checks import AT_MOST
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
@@ -113,7 +114,8 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, asked.expert_rate)
     ground = replace(ground, learning_rate=search_rate(ground, watch))
     joint = config.train.recipe == "joint" and bool(rows.where("train", ()))
-    trunk = _train_trunk(ground, mixes_of(ground, embeddings, tokenizer, encoder) if joint else None, watch)
+    prompts = prompts_of(ground, tokenizer, encoder)
+    trunk = _train_trunk(ground, mixes_of(ground, embeddings, prompts) if joint else None, watch)
     start = trunk.adapter if trunk is not None else None
     if start is not None and not joint:
         ground = replace(ground, read=training.passages_read(work, _trunk_task(ground)))
@@ -126,7 +128,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
         recipe=config.train.recipe,
         base=BaseRecord(base_id, config.revision, mark.architecture, mark.weights),
         encoder=EncoderRecord(encoder_id, None, encoder.fingerprint, encoder.dim, encoder.prompt, encoder.max_tokens),
-        router=choose_router(ground, tokenizer, encoder, experts, watch),
+        router=choose_router(ground, prompts, experts, watch),
         trunk=trunk.adapter if trunk is not None else None,
         trunk_outcome=trunk.outcome if trunk is not None and trunk.adapter is not None else None,
         experts=experts,

@@ -11,9 +11,8 @@ import torch
 
 from localmoe.bank.files import write_json, write_table, write_tensors, write_texts
 from localmoe.bank.manifest import ExpertRecord, FileRecord, Kind, RouterRecord
-from localmoe.encoders import Encoder
 from localmoe.routing import Centroids
-from localmoe.train.activity import prompts_of, search_active
+from localmoe.train.activity import search_active
 from localmoe.train.checks import choose_beta
 from localmoe.train.experts import AdapterResult
 from localmoe.train.groundwork import Groundwork
@@ -47,15 +46,14 @@ def expert_records(ground: Groundwork, results: Sequence[AdapterResult]) -> tupl
 
 
 def choose_router(
-    ground: Groundwork, tokenizer: Any, encoder: Encoder, experts: Sequence[ExpertRecord], watch: Watch
+    ground: Groundwork, prompts: tuple[list[int], np.ndarray], experts: Sequence[ExpertRecord], watch: Watch
 ) -> RouterRecord:
     """The number of active experts, and β, from the first tokens of public tune documents and public experts."""
     usable = [expert for expert in experts if not expert.access and expert.outcome.status in ("good", "unchecked")]
     rows = [expert.row for expert in usable]
     vectors, means = (torch.from_numpy(part[rows]) for part in (ground.clusters.centroids, ground.clusters.means))
     centroids = Centroids(tuple(expert.id for expert in usable), vectors, "", means)
-    rows_tried, prompts = prompts_of(ground, tokenizer)
-    queries = encoder.encode(prompts)
+    rows_tried, queries = prompts
     active = search_active(ground, rows_tried, queries, centroids, usable, watch)
     record, note = choose_beta(queries, centroids, replace(ground.config.route, active=active))
     found = f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt" if record.active else ""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from localmoe.lora import Adapter, LowRank, stack
+from localmoe.lora import Adapter, LowRank, mixed
 from localmoe.packing import Passage
 from localmoe.train.checks import ENOUGH, Nll, document_nll, mean_nll
 from localmoe.train.course import Trained
@@ -35,7 +35,7 @@ def search_share(
     losses: dict[float, list[Nll]] = {share: [] for share in SHARES}
     for passage, weights in judges:
         short = Passage(passage.tokens[:JUDGED_TOKENS], passage.labels[:JUDGED_TOKENS])
-        mix = mixed([expert.adapter for expert in found.experts], weights)
+        mix = mixed([(found.experts[k].adapter, weight) for k, weight in weights])
         for share in SHARES:
             adapter = _between(found.trunk.adapter, mix, share)
             losses[share].append(document_nll(model, {0: (short,)}, adapter)[0])
@@ -56,11 +56,6 @@ def shrunk(found: JointTrained, share: float) -> JointTrained:
         return replace(expert, adapter=adapter)
 
     return JointTrained(found.trunk, tuple(map(drawn, found.experts)))
-
-
-def mixed(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
-    """Σ w_k of experts of one A."""
-    return {module: stack([adapters[k][module].scaled(weight) for k, weight in weights]) for module in adapters[0]}
 
 
 def _between(trunk: Adapter, adapter: Adapter, share: float) -> Adapter:
