@@ -157,10 +157,11 @@ def route(
     text = prompt_text(prompt, prompt_file)
     engine = _engine(bank, options, calibrated=False) if explain else None
     router = open_router(bank, options["encoder"], route_changes(options)) if engine is None else engine.router
-    mix, near = router.route(text), router.nearest(text)
+    vector = router.embed(text)
+    mix, near = router.select(vector), router.neighbours(vector)
     data = mixes.route_data(router.bank, mix, near, router.config)
     if engine is not None:
-        data["execution"] = explanations.explain_data(engine, text, generate_config(options))
+        data["execution"] = explanations.explain_data(engine, text, generate_config(options), mix)
     if as_json:
         screen.print_json(data)
     else:

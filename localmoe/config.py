@@ -84,14 +84,14 @@ class TrainConfig:
     """Updates are scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
-    expert_rate: Annotated[float, Field(gt=0)] = 0.25
-    """Rate of experts with a trunk or after it, as a multiple of its; a trunk before them falls to it, or to 0.25."""
+    expert_rate: Annotated[float, Field(gt=0)] | None = None
+    """Rate of experts with a trunk or after it, as a multiple of its; none = 0.1 with it, 0.25 after it. A trunk before
+    them falls to it, or to 0.25."""
     trunk_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes of the trunk over all public documents, before the experts'; none = 1.5. Recipe 'joint' has no such."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes of each expert over its own documents; none = 2 with the trunk (recipe 'joint'), 0.5 after it, 1 from the
-    base."""
-    batch: Positive = 4
+    """Passes of each expert over its own documents; none = 0.5 after the trunk, else 1."""
+    batch: Positive = 1
     """Passages per step."""
     expert_batch: Positive | None = None
     """Passages per step of an expert that is not trained with the trunk; none = 1 after it, `batch` from the base."""
@@ -108,10 +108,10 @@ class SearchConfig:
     """What is tried on tune documents: learning rates before a bank is built, numbers of active experts after it."""
 
     rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Multiples of `train.learning_rate` for one adapter, then, unless it is recipe 'joint', of `train.expert_rate` for
-    a few experts; a best one at the edge widens the search; none = the rates as they are."""
+    """Multiples of `train.learning_rate` for one adapter, then of `train.expert_rate` for experts; a best one at the
+    edge widens the search; none = the rates as they are."""
     tokens: Positive = 200_000
-    """Tokens that each trial of the trunk trains on, at most."""
+    """Tokens that each trial of one adapter, or of trunk and experts together, trains on, at most."""
     active: tuple[Annotated[float, Field(ge=1)], ...] = ()
     """Mean numbers of active experts; the smallest that is as good as the best routes; none = `route.active`."""
 
@@ -231,8 +231,8 @@ class FineTuneConfig:
     """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
     ranks: tuple[Positive, ...] = ()
     """Ranks that are tried beside the bank's, at the best rate."""
-    batches: tuple[Positive, ...] = (1,)
-    """Passages a step that are tried beside the bank's, at the best rate and at half of it."""
+    batches: tuple[Positive, ...] = (1, 4)
+    """Passages a step that are tried beside the bank's, at the best rate, at half of it, and beyond the edge."""
     full_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-5, 3e-5, 1e-4)
     """Rates that are tried for all weights (method fine-tuned-full); a best one at the edge widens the search."""
     tune_tokens: Positive = 200_000

@@ -12,6 +12,7 @@ from typing import Any
 
 import platformdirs
 
+from localmoe.errors import UsageError
 from localmoe.lora import dequantised
 
 
@@ -30,9 +31,17 @@ def home() -> Path:
 
 
 def fingerprint(model: Any) -> Fingerprint:
-    """Hashes of the architecture (configuration and shapes) and of sampled weights (specification, "Identity")."""
+    """Hashes of the architecture (configuration and shapes) and of sampled weights (specification, "Identity").
+
+    Raises UsageError for a base of which a part is offloaded: its weights are not there to be read.
+    """
     weights = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise UsageError(
+                f"{name} is offloaded: the base does not fit the devices, and experts cannot be applied to it there",
+                "take a smaller base or more devices, or leave out --device-map to run it on one of them",
+            )
         flat = dequantised(parameter.detach()).reshape(-1)
         # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
         sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()

@@ -111,7 +111,7 @@ def test_help_of_build_lists_every_key() -> None:
 
 def test_lists_in_help_are_written_as_set_takes_them() -> None:
     shown = run("eval", "--help").output
-    assert "fine_tune.rates=[0.5,1.0,2.0]" in shown and "fine_tune.batches=[1]" in shown
+    assert "fine_tune.rates=[0.5,1.0,2.0]" in shown and "fine_tune.batches=[1,4]" in shown
     assert load_eval_config(None, ["fine_tune.rates=[0.5,1.0,2.0]"]) == EvalConfig()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from localmoe.errors import UsageError
 from localmoe.identity import Fingerprint, fingerprint, recall, remember
 from localmoe.models import load_model, packed
 
@@ -30,6 +31,13 @@ def test_the_fingerprint_is_the_same_in_every_dtype_and_attention() -> None:
     with packed(model):
         assert fingerprint(model) == mark
     assert fingerprint(model.bfloat16()) == mark
+
+
+def test_a_base_of_which_a_part_is_offloaded_is_refused() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    model.model.layers[1].to("meta")
+    with pytest.raises(UsageError, match=r"layers\.1\..* is offloaded"):
+        fingerprint(model)
 
 
 def test_a_base_is_found_again_where_it_was_last_seen(tiny_base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,7 @@ def _trained(
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:
     """Every rate as the bank is trained, beyond the edge as long as the best lies there; then other batches and ranks.
 
-    Another batch is tried at the best rate and at half of it, since smaller batches want lower rates.
+    Another batch is tried at the best rate and at half of it, and from there as far as it takes.
     """
     config, bank, center = bench.config.fine_tune, bench.build_config.train, bench.learning_rate
     tried: list[Tried] = []
@@ -153,8 +154,7 @@ def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]
     best = min(found, key=found.__getitem__)
     for batch in config.batches:
         if batch != bank.batch:
-            measure(best, batch=batch)
-            measure(best / 2, batch=batch)
+            best_of((best / 2, best), partial(measure, batch=batch))
     for rank in config.ranks:
         if rank != bank.rank:
             measure(best, rank=rank)

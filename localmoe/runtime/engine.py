@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -31,8 +32,19 @@ from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_
 from localmoe.runtime.session import Session
 
 
+class _Turns:
+    """Which thread has a model, if any."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holder: int | None = None
+
+
+_TURNS: weakref.WeakKeyDictionary[Any, _Turns] = weakref.WeakKeyDictionary()
+
+
 class Engine:
-    """Answers prompts from a bank; calls from several threads take turns, since they share one merged model.
+    """Answers prompts from a bank; threads, and engines over one model, take turns, since they merge into it.
 
     A stream that is read to its end or closed gives the model back. Until then whatever else needs the model waits,
     but in the thread that began the stream, which would wait for ever, it is a UsageError.
@@ -56,8 +68,7 @@ class Engine:
         self.base_variant = base_variant
         self.router = PromptRouter(bank, encoder, config)
         self.executor = Executor(model, bank, execution)
-        self._lock = threading.Lock()
-        self._holder: int | None = None
+        self._turns = _TURNS.setdefault(model, _Turns())
 
     def route(self, prompt: str | Conversation) -> Mix:
         """The mix for a prompt: which experts, with which weights (Algorithm 2, without the generation).
@@ -222,17 +233,18 @@ class Engine:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """The model for this thread alone; raises UsageError where this thread has it already."""
-        if self._holder == threading.get_ident():
+        turns = self._turns
+        if turns.holder == threading.get_ident():
             raise UsageError(
-                "this thread has an answer half read, and the engine has one model to merge",
-                "read that stream to its end or close it first; or open a second engine",
+                "this thread has an answer half read, and there is one model to merge",
+                "read that stream to its end or close it first; or open a second engine with a model of its own",
             )
-        with self._lock:
-            self._holder = threading.get_ident()
+        with turns.lock:
+            turns.holder = threading.get_ident()
             try:
                 yield
             finally:
-                self._holder = None
+                turns.holder = None
 
 
 def open_engine(

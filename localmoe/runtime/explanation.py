@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from localmoe.config import GenerateConfig
+from localmoe.routing import Mix
 from localmoe.runtime.calibration import planner
 from localmoe.runtime.engine import Engine
 from localmoe.runtime.execution.choice import Choice, Work
@@ -36,15 +37,18 @@ class Explanation:
     kernels: Level
 
 
-def explain(engine: Engine, prompt: str, config: GenerateConfig) -> Explanation:
+def explain(engine: Engine, prompt: str, config: GenerateConfig, mix: Mix | None = None) -> Explanation:
     """Answers the prompt once by every choice there is, nothing kept between them; calibrates anew.
 
-    The experts are brought into memory first, by an answer of one token that does not count. Raises PromptError as
-    `Engine.generate` does.
+    mix: the prompt's, where it is routed already. The experts are brought into memory first, by an answer of one token
+    that does not count. Raises PromptError as `Engine.generate` does.
     """
     executor = engine.executor
-    plans, before = planner(executor, anew=True), executor.planner
-    mix = engine.route(prompt)
+    with engine.turn():
+        plans = planner(executor, anew=True)
+    before = executor.planner
+    if mix is None:
+        mix = engine.route(prompt)
     first = engine.start(prompt, replace(config, max_new_tokens=1), mix)
     tokens = first.answer("".join(first)).prompt_tokens
     loaded = executor.load([mix])

@@ -27,6 +27,7 @@ Phase = Literal["base prefill", "base step", "beside prefill", "beside step", "w
 PHASES: tuple[Phase, ...] = ("base prefill", "base step", "beside prefill", "beside step", "write")
 
 _FORMAT = 3  # of a calibration on disk
+_FEATURES = 4
 _SMALLEST = 1e-6  # seconds; what is measured to take less takes this long
 _SHARED_READ = 0.5  # of a rank whose A is shared only B is read
 
@@ -140,9 +141,11 @@ def recall_calibration(key: str) -> Calibration | None:
     """What `remember_calibration` noted, or None; a note that cannot be read is none."""
     try:
         values = json.loads(_note(key).read_text(encoding="utf-8"))
-        return Calibration({phase: tuple(map(float, values[phase])) for phase in PHASES if phase in values})
-    except (OSError, ValueError, KeyError, TypeError):
+        found: dict[Phase, tuple[float, ...]] = {p: tuple(map(float, values[p])) for p in PHASES if p in values}
+    except (OSError, ValueError, TypeError):
         return None
+    whole = all(phase in found for phase in PHASES if phase != "write")
+    return Calibration(found) if whole and all(len(each) == _FEATURES for each in found.values()) else None
 
 
 def remember_calibration(key: str, calibration: Calibration) -> None:

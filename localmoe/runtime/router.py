@@ -64,9 +64,13 @@ class PromptRouter:
 
     def nearest(self, prompt: str | Conversation, count: int = 5) -> list[Neighbour]:
         """The train documents whose embeddings are nearest to the prompt's, the nearest first."""
-        vector, embeddings, table = self.embed(prompt)[0], self.bank.embeddings(), self.bank.documents()
+        return self.neighbours(self.embed(prompt), count)
+
+    def neighbours(self, vector: np.ndarray, count: int = 5) -> list[Neighbour]:
+        """The same for an embedded prompt [1, d]."""
+        embeddings, table = self.bank.embeddings(), self.bank.documents()
         blocks = [embeddings[start : start + _BLOCK] for start in range(0, len(embeddings), _BLOCK)]
-        similarity = np.concatenate([block.astype(np.float32) @ vector for block in blocks])
+        similarity = np.concatenate([block.astype(np.float32) @ vector[0] for block in blocks])
         train = np.flatnonzero(table["split"].to_numpy() == "train")
         rows = train[np.argsort(-similarity[train], kind="stable")[:count]]
         return [

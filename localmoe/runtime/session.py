@@ -42,14 +42,19 @@ class Session:
         self.mix = stream.mix
 
     def say(self, message: str) -> Iterator[str]:
-        """The answer to the next message, piece by piece; an answer that is closed early stays as far as it came."""
+        """The answer to the next message, piece by piece; an answer that is closed early stays as far as it came.
+
+        After an error the conversation is as it was.
+        """
         stream, said = self.begin(message), list[str]()
         try:
             for piece in stream:
                 said.append(piece)
                 yield piece
-        finally:
+        except GeneratorExit:
             self.end(message, stream, "".join(said))
+            raise
+        self.end(message, stream, "".join(said))
 
     def reset(self) -> None:
         """Forgets the conversation, its mix included."""

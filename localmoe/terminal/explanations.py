@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from localmoe.config import GenerateConfig
+    from localmoe.routing import Mix
     from localmoe.runtime.engine import Engine
     from localmoe.runtime.execution.choice import Choice
     from localmoe.runtime.explanation import Explanation
@@ -26,11 +27,11 @@ def calibrate(engine: Engine) -> None:
             executor.planner = calibration.planner(executor)  # where nothing can be remembered, for this engine
 
 
-def explain_data(engine: Engine, prompt: str, config: GenerateConfig) -> dict[str, Any]:
-    """Explains one prompt, as plain data."""
+def explain_data(engine: Engine, prompt: str, config: GenerateConfig, mix: Mix) -> dict[str, Any]:
+    """Explains one prompt with its mix, as plain data."""
     from localmoe.runtime.explanation import explain
 
-    return explanation_data(explain(engine, prompt, config))
+    return explanation_data(explain(engine, prompt, config, mix))
 
 
 def explanation_data(explanation: Explanation) -> dict[str, Any]:

@@ -24,10 +24,12 @@ TRUNK = "trunk"
 """Name of the task that trains the trunk."""
 TRUNK_FLOOR = 0.25
 """Share of its rate to which a trunk falls, at most: higher spoils it, lower leaves the experts little to do."""
-TRUNK_EPOCHS, JOINT_EPOCHS = 1.5, 2.0
+TRUNK_EPOCHS, JOINT_EPOCHS = 1.5, 1.0
 """Passes of a trunk by itself and with its experts, where the configuration leaves them open."""
 EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
 """Passes of an expert, where the configuration leaves them open."""
+RATE_WITH_TRUNK, RATE_AFTER_TRUNK = 0.1, 0.25
+"""Rate of experts with a trunk and after it, as a multiple of its, where the configuration leaves it open."""
 BATCH_AFTER_TRUNK = 1
 """Passages per step of an expert that goes on from a trunk: it has few of them, and more steps teach it more."""
 
@@ -46,7 +48,7 @@ class Groundwork:
     learning_rate: float
     """Peak rate of the trunk: as configured, or as found."""
     expert_rate: float
-    """Rate of experts after a trunk, as a multiple of that: as configured, or as found."""
+    """Rate of experts with a trunk (recipe `joint`) or after it, as a multiple of its: as configured, or as found."""
     read: Mapping[int, frozenset[int]] = field(default_factory=dict)
     """Row → passages that the trunk has read, where it makes less than one pass; experts read the others first."""
 
@@ -71,7 +73,7 @@ class Groundwork:
             revision=self.config.revision,
             base_id=name_in_bank(self.config.base),
             config=config,
-            learning_rate=self.learning_rate * (self.expert_rate if after_trunk else 1.0),
+            learning_rate=self.learning_rate * (self._rate_after_trunk if after_trunk else 1.0),
             epochs=trunk_epochs(config) if name == TRUNK else expert_epochs(config, after_trunk),
             floor=trunk_floor(config) if name == TRUNK else 0.0,
             seed=seed,
@@ -85,6 +87,11 @@ class Groundwork:
         """The task to train the expert of cluster k, from a trunk or from the base."""
         name, seed = f"experts/{self.expert_ids[k]}", self.config.seed + 1 + k
         return self.task(name, seed, start, self.clusters.rows(k), self.tune[k])
+
+    @property
+    def _rate_after_trunk(self) -> float:
+        """Of an expert that a finished trunk teaches: with recipe `joint` one with an access set."""
+        return rate_after_trunk(self.config.train) if self.config.train.recipe == "joint" else self.expert_rate
 
     def tokens(self, rows: Iterable[int], epochs: float) -> int:
         """Tokens that so many passes over these documents see."""
@@ -100,7 +107,19 @@ def trunk_epochs(config: TrainConfig) -> float:
 
 def trunk_floor(config: TrainConfig) -> float:
     """Share of its rate at which the trunk ends: experts go on from there, but for those trained with it."""
-    return 0.0 if config.recipe == "joint" else min(TRUNK_FLOOR, config.expert_rate)
+    return 0.0 if config.recipe == "joint" else min(TRUNK_FLOOR, rate_after_trunk(config))
+
+
+def expert_rate(config: TrainConfig) -> float:
+    """Rate of most experts, as a multiple of their trunk's."""
+    if config.expert_rate is None and config.recipe == "joint":
+        return RATE_WITH_TRUNK
+    return rate_after_trunk(config)
+
+
+def rate_after_trunk(config: TrainConfig) -> float:
+    """Rate of experts that go on from a finished trunk, as a multiple of its."""
+    return config.expert_rate if config.expert_rate is not None else RATE_AFTER_TRUNK
 
 
 def expert_epochs(config: TrainConfig, after_trunk: bool) -> float:

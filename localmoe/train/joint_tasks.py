@@ -82,6 +82,7 @@ def run_jointly(
     trunk: AdapterTask,
     experts: Sequence[AdapterTask],
     mixes: Mixes,
+    expert_rate: float,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _sentence: None,
 ) -> AdapterResult:
@@ -94,39 +95,41 @@ def run_jointly(
     work = Work(Path(trunk.bank), trunk.key)
     if not work.has(result_file(trunk.name)):
         try:
-            found, rate, attempts = _trained(work, trunk, experts, mixes, progress)
+            found, rate, attempts = _trained(
+                work, job_of(work, trunk, len(experts), mixes, expert_rate), trunk, progress
+            )
         except DivergedError as error:
             failed = AdapterResult(None, Outcome("failed", 0, None, None, error.what))
             work.write_json(result_file(trunk.name), as_dict(failed))
         else:
-            share, told = search_share(model_of(trunk), found, _judges(work, mixes))
+            share, told = search_share(model_of(trunk), found, judging(work, mixes))
             if told:
                 say(_share_text(share, told))
-            _keep(work, trunk, experts, mixes, shrunk(found, share), rate, attempts, share)
+            _keep(work, trunk, experts, mixes, shrunk(found, share), (rate, rate * expert_rate), attempts, share)
         for attempt in range(1, ATTEMPTS + 1):
             work.remove(_state(attempt))
     return TypeAdapter(AdapterResult).validate_python(work.read_json(result_file(trunk.name)))
 
 
-def _trained(
-    work: Work,
-    trunk: AdapterTask,
-    experts: Sequence[AdapterTask],
-    mixes: Mixes,
-    progress: Progress | None,
-) -> tuple[JointTrained, float, int]:
-    """The training, the trunk's rate in it, and how many were begun."""
+def job_of(work: Work, trunk: AdapterTask, count: int, mixes: Mixes, expert_rate: float) -> JointJob:
+    """The training of a trunk and `count` experts on the trunk's documents; expert_rate: a multiple of its rate."""
     passages = list(passages_of(work, trunk))
-    job = JointJob(
+    return JointJob(
         [(passage, mixes.documents[row]) for (row, _), passage in passages],
-        len(experts),
+        count,
         fresh_adapter(model_of(trunk), trunk.config, trunk.seed),
         trunk.config,
         trunk.learning_rate,
-        trunk.config.expert_rate,
+        expert_rate,
         trunk.seed,
         tokens_of(trunk, [passage for _, passage in passages]),
     )
+
+
+def _trained(
+    work: Work, job: JointJob, trunk: AdapterTask, progress: Progress | None
+) -> tuple[JointTrained, float, int]:
+    """The training, the trunk's rate in it, and how many were begun."""
     for attempt in range(_begun(work), ATTEMPTS + 1):
         name = _state(attempt)
         kept = work.read_state(name) if work.has(name) else None
@@ -141,7 +144,7 @@ def _trained(
     raise diverged
 
 
-def _judges(work: Work, mixes: Mixes) -> list[tuple[Passage, Weights]]:
+def judging(work: Work, mixes: Mixes) -> list[tuple[Passage, Weights]]:
     """What follows the first tokens of some tune documents, with the mixes of these: as an evaluation will have it."""
     rows = sorted(mixes.prompts)
     found = zip(rows, work.passages(rows), strict=True)
@@ -175,25 +178,24 @@ def _keep(
     experts: Sequence[AdapterTask],
     mixes: Mixes,
     found: JointTrained,
-    rate: float,
+    rates: tuple[float, float],
     attempts: int,
     share: float,
 ) -> None:
-    """Adapters and results, the trunk's last: it says that all are there.
+    """Adapters and results, the trunk's last: it says that all are there; rates: the trunk's and the experts'.
 
     A lone expert is the trunk, so that both are judged against the base.
     """
     reference = found.trunk.adapter if len(experts) > 1 else None
     own = [expert.adapter for expert in found.experts]
-    expert_rate = rate * trunk.config.expert_rate
     for task, one in zip(experts, found.experts, strict=True):
         judged = _judged(
             work, task, reference, lambda row: mixed([(own[k], weight) for k, weight in mixes.documents[row]])
         )
-        result = left_in_bank(task, one, expert_rate, attempts, judged, share)
+        result = left_in_bank(task, one, rates[1], attempts, judged, share)
         work.write_json(result_file(task.name), as_dict(result))
     judged = _judged(work, trunk, None, lambda _row: found.trunk.adapter)
-    work.write_json(result_file(trunk.name), as_dict(left_in_bank(trunk, found.trunk, rate, attempts, judged)))
+    work.write_json(result_file(trunk.name), as_dict(left_in_bank(trunk, found.trunk, rates[0], attempts, judged)))
 
 
 def _judged(work: Work, task: AdapterTask, reference: Adapter | None, adapter_of: Callable[[int], Adapter]) -> Outcome:

@@ -43,10 +43,12 @@ from localmoe.train.groundwork import (
     Groundwork,
     check_settings,
     checked_on,
+    expert_rate,
     name_in_bank,
     trunk_epochs,
 )
 from localmoe.train.joint import state_bytes
+from localmoe.train.joint_rates import search_joint_rate
 from localmoe.train.joint_tasks import Mixes, mixes_of, public_experts, run_jointly, tokens_kept
 from localmoe.train.progress import Event, Stage, Watch, unwatched
 from localmoe.train.rates import search_expert_rate, search_rate
@@ -111,11 +113,14 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     _check_disk(path, work, model, config, clusters)
     checked = checked_on(rows, clusters, embeddings)
     asked = config.train
-    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, asked.expert_rate)
+    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, expert_rate(asked))
     ground = replace(ground, learning_rate=search_rate(ground, watch))
     joint = config.train.recipe == "joint" and bool(rows.where("train", ()))
     prompts = prompts_of(ground, tokenizer, encoder)
-    trunk = _train_trunk(ground, mixes_of(ground, embeddings, prompts) if joint else None, watch)
+    mixes = mixes_of(ground, embeddings, prompts) if joint else None
+    if mixes is not None:
+        ground = replace(ground, expert_rate=search_joint_rate(ground, _trunk_task(ground), mixes, watch))
+    trunk = _train_trunk(ground, mixes, watch)
     start = trunk.adapter if trunk is not None else None
     if start is not None and not joint:
         ground = replace(ground, read=training.passages_read(work, _trunk_task(ground)))
@@ -226,7 +231,9 @@ def _train_trunk(ground: Groundwork, mixes: Mixes | None, watch: Watch) -> Adapt
         watch(Event("trunk", kept, total, f"with {len(public_experts(ground))} experts, in the same steps{going_on}"))
         progress.reset(kept)
         beside = [ground.expert_task(k, None) for k in public_experts(ground)]
-        result = run_jointly(task, beside, mixes, progress, lambda said: watch(Event("trunk", total, total, said)))
+        result = run_jointly(
+            task, beside, mixes, ground.expert_rate, progress, lambda said: watch(Event("trunk", total, total, said))
+        )
     else:
         watch(Event("trunk", 0, total))
         result = training.run(task, progress)

@@ -231,7 +231,9 @@ def _times(
     public = round(trunk_epochs(config.train) * public)
     tried = min(config.search.tokens, public) / speed if len(judges_of(rows)) >= ENOUGH else 0.0
     tune = rows.where("tune")
-    if after_trunk and not joint and len(tune) >= ENOUGH:
+    if joint and len(found.access) > 1:
+        tried *= 2  # experts' rates too, together with the trunk
+    elif after_trunk and len(tune) >= ENOUGH:
         tried += train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) / expert_speed
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))

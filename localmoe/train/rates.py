@@ -70,9 +70,13 @@ def search_rate(ground: Groundwork, watch: Watch) -> float:
     task = ground.task(TRUNK, ground.config.seed, None, public, judges)
     epochs = min(trunk_epochs(config), asked.tokens / ground.tokens(public, 1.0))
     task = replace(task, epochs=epochs, floor=0.0)
-    tried = _tried(ground, "trunk", lambda factor: [replace(task, learning_rate=config.learning_rate * factor)], watch)
+
+    def tasks(factor: float) -> list[AdapterTask]:
+        return [replace(task, learning_rate=config.learning_rate * factor)]
+
+    tried = _rehearsed(ground, "trunk", tasks, watch)
     best = lowest_of_the_best(tried)
-    return config.learning_rate * _told(tried, best, config.learning_rate, f"{len(judges)} tune documents", watch)
+    return config.learning_rate * told(tried, best, config.learning_rate, f"{len(judges)} tune documents", watch)
 
 
 def search_expert_rate(ground: Groundwork, start: AdapterRecord | None, watch: Watch) -> float:
@@ -80,9 +84,9 @@ def search_expert_rate(ground: Groundwork, start: AdapterRecord | None, watch: W
 
     Each trial trains a few experts, those with the most tune documents near them, and the mean nll of these documents
     decides. Experts that start from the base are trained at the trunk's rate, and nothing is tried; nor for recipe
-    `joint`, where most are trained with the trunk.
+    `joint`, where most are trained with the trunk (`joint_rates`).
     """
-    asked, unit = ground.config.search, ground.config.train.expert_rate
+    asked, unit = ground.config.search, ground.expert_rate
     if not asked.rates or start is None or ground.config.train.recipe == "joint":
         return unit
     order = sorted(range(len(ground.tune)), key=lambda k: (-len(ground.tune[k]), k))
@@ -95,16 +99,23 @@ def search_expert_rate(ground: Groundwork, start: AdapterRecord | None, watch: W
         at_rate = replace(ground, expert_rate=unit * factor)
         return [at_rate.expert_task(k, start) for k in chosen]
 
-    tried = _tried(ground, "experts", tasks, watch)
+    tried = _rehearsed(ground, "experts", tasks, watch)
     best = min(tried, key=tried.__getitem__)
     judges = f"{sum(len(ground.tune[k]) for k in chosen)} tune documents of {len(chosen)} experts"
-    return unit * _told(tried, best, ground.learning_rate * unit, judges, watch)
+    return unit * told(tried, best, ground.learning_rate * unit, judges, watch)
 
 
-def _tried(
-    ground: Groundwork, kind: str, tasks: Callable[[float], Sequence[AdapterTask]], watch: Watch
+def measured(
+    ground: Groundwork,
+    kind: str,
+    tokens: Callable[[float], int],
+    train: Callable[[float, Progress], float | None],
+    watch: Watch,
 ) -> dict[float, float]:
-    """Mean nll (nats a token) after the trainings that belong to each factor; infinite where one diverged."""
+    """Mean nll (nats a token) after the training that belongs to each of `search.rates`; infinite where one diverged.
+
+    tokens: what it reads; train: the nll, None for one that diverged. What is found is kept in the work folder.
+    """
     done, whole = 0, 0
 
     def progress(seen: int) -> None:
@@ -114,15 +125,25 @@ def _tried(
 
     def measure(factor: float) -> float:
         nonlocal done, whole
-        name, asked = f"rates/{kind}-{factor:.6g}.json", tasks(factor)
-        each = sum(ground.tokens(task.train_rows, task.epochs) for task in asked)
+        name, each = f"rates/{kind}-{factor:.6g}.json", tokens(factor)
         whole = max(each * len(ground.config.search.rates), done + each)
         if not ground.work.has(name):
-            ground.work.write_json(name, _mean(asked, progress))
+            ground.work.write_json(name, train(factor, progress))
         value = ground.work.read_json(name)
         return math.inf if value is None else float(value)
 
     return best_of(ground.config.search.rates, measure)
+
+
+def _rehearsed(
+    ground: Groundwork, kind: str, tasks: Callable[[float], Sequence[AdapterTask]], watch: Watch
+) -> dict[float, float]:
+    """`measured` of trainings that the tasks' own tune documents judge."""
+
+    def tokens(factor: float) -> int:
+        return sum(ground.tokens(task.train_rows, task.epochs) for task in tasks(factor))
+
+    return measured(ground, kind, tokens, lambda factor, progress: _mean(tasks(factor), progress), watch)
 
 
 def _mean(tasks: Sequence[AdapterTask], progress: Progress) -> float | None:
@@ -134,7 +155,7 @@ def _mean(tasks: Sequence[AdapterTask], progress: Progress) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _told(tried: Mapping[float, float], best: float, unit: float, judges: str, watch: Watch) -> float:
+def told(tried: Mapping[float, float], best: float, unit: float, judges: str, watch: Watch) -> float:
     """The factor to build with, told with all that were tried; 1 where all diverged."""
     if not math.isfinite(tried[best]):
         watch(Event("rates", 1, 1, f"every rate diverged; {unit:g} is used"))

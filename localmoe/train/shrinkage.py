@@ -32,16 +32,23 @@ def search_share(
     """
     if len(judges) < ENOUGH or len(found.experts) < 2:
         return 1.0, {}
-    losses: dict[float, list[Nll]] = {share: [] for share in SHARES}
+    means = nll_of_shares(model, found, judges, SHARES)
+    finite = {share: mean for share, mean in means.items() if math.isfinite(mean)}
+    return min(finite, key=lambda share: (finite[share], -share), default=1.0), means
+
+
+def nll_of_shares(
+    model: Any, found: JointTrained, judges: Sequence[tuple[Passage, Weights]], shares: Sequence[float]
+) -> dict[float, float]:
+    """Nats a token on the judges, each under its mix, where so much of what sets experts apart is kept."""
+    losses: dict[float, list[Nll]] = {share: [] for share in shares}
     for passage, weights in judges:
         short = Passage(passage.tokens[:JUDGED_TOKENS], passage.labels[:JUDGED_TOKENS])
         mix = mixed([(found.experts[k].adapter, weight) for k, weight in weights])
-        for share in SHARES:
+        for share in shares:
             adapter = _between(found.trunk.adapter, mix, share)
             losses[share].append(document_nll(model, {0: (short,)}, adapter)[0])
-    means = {share: mean_nll(each) for share, each in losses.items()}
-    finite = {share: mean for share, mean in means.items() if math.isfinite(mean)}
-    return min(finite, key=lambda share: (finite[share], -share), default=1.0), means
+    return {share: mean_nll(each) for share, each in losses.items()}
 
 
 def shrunk(found: JointTrained, share: float) -> JointTrained:

@@ -29,6 +29,7 @@ from localmoe.evaluate.ttt import train_and_score
 from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
 from localmoe.train.course import DivergedError
+from localmoe.train.rates import WIDENED
 from localmoe.train.work import Work
 
 CONFIG = EvalConfig(
@@ -105,10 +106,13 @@ def test_the_fine_tuned_baseline_saw_as_many_tokens_as_trunk_and_experts_and_a_b
     best = min(tried, key=lambda one: one["perplexity"])
     assert f"rate {best['rate']:g}" in tuned.note
     bank = build["train"]["batch"]
-    rates = {one["rate"]: one["perplexity"] for one in tried if one["batch"] == bank}
-    found = min(rates, key=rates.__getitem__)
-    assert len(rates) == 5 or min(rates) < found < max(rates)  # a best rate at the edge widens the search
-    assert {one["rate"] for one in tried if one["batch"] == 1} == {found, found / 2}
+    found = 0.0
+    for batch, asked in ((bank, 3), *((other, 2) for other in (1, 4) if other != bank)):
+        rates = {one["rate"]: one["perplexity"] for one in tried if one["batch"] == batch}
+        assert batch == bank or {found, found / 2} <= rates.keys()
+        found_here = min(rates, key=rates.__getitem__)
+        found = found_here if batch == bank else found
+        assert len(rates) == asked + WIDENED or min(rates) < found_here < max(rates)  # a best one at the edge widens it
 
 
 def test_one_expert_active_is_the_nearest_router(results: Results) -> None:

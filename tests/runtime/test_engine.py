@@ -219,6 +219,16 @@ def test_a_thread_with_an_answer_half_read_gets_an_error_instead_of_waiting_for_
     assert answers == [engine.generate(PROMPTS[1], SHORT).text]
 
 
+def test_two_engines_over_one_model_take_turns(engine: Engine) -> None:
+    other = Engine(engine.bank, engine.model, engine.tokenizer, engine.encoder, engine.config)
+    stream = engine.stream(PROMPTS[0], SHORT)
+    next(stream)
+    with pytest.raises(UsageError, match="half read"):
+        other.generate(PROMPTS[1], SHORT)
+    stream.close()  # type: ignore[attr-defined]
+    assert other.generate(PROMPTS[1], SHORT).text == engine.generate(PROMPTS[1], SHORT).text
+
+
 def test_prompts_of_two_threads_get_the_answers_that_they_get_alone(engine: Engine) -> None:
     before = tiny.checksum(engine.model)
     alone = {prompt: engine.generate(prompt, SHORT).text for prompt in PROMPTS}

@@ -118,8 +118,9 @@ def test_a_calibration_is_remembered_and_a_damaged_note_is_none() -> None:
     remember_calibration(key, CALIBRATION)
     assert recall_calibration(key) == CALIBRATION
     note = home() / "calibrations" / f"{key}.json"
-    note.write_text('{"write": [')
-    assert recall_calibration(key) is None
+    for damaged in ('{"write": [', "{}", '{"write": [1.0, 2.0]}'):
+        note.write_text(damaged)
+        assert recall_calibration(key) is None
     note.unlink()
 
 

@@ -56,6 +56,21 @@ def test_under_one_mix_earlier_turns_are_not_read_again(engine: Engine, monkeypa
     assert 0 < max(read) < whole
 
 
+def test_an_answer_that_breaks_leaves_the_conversation_as_it_was_and_a_closed_one_stays(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = engine.session(SHORT, sticky=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.model, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            "".join(session.say(MESSAGES[0]))
+    assert session.turns == [] and session.mix is None
+    pieces = session.say(MESSAGES[0])
+    first = next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert [turn["content"] for turn in session.turns] == [MESSAGES[0], first]
+
+
 def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(engine: Engine) -> None:
     session = engine.session(SHORT, sticky=True)
     "".join(session.say(MESSAGES[0]))

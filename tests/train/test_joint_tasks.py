@@ -22,6 +22,7 @@ from localmoe.routing import Centroids, route
 from localmoe.runtime.router import route_config
 from localmoe.train import joint, joint_tasks
 from localmoe.train.course import DivergedError
+from localmoe.train.groundwork import RATE_WITH_TRUNK
 from localmoe.train.joint import JointJob, JointTrained, train_jointly
 from localmoe.train.progress import Event
 
@@ -235,7 +236,7 @@ def test_a_joint_training_that_diverges_is_begun_again_at_half_the_rate(
     monkeypatch.setattr(joint_tasks, "train_jointly", unstable)
     bank = localmoe.build(tiny_corpus, tmp_path / "bank", config())
     assert rates == [1e-2, 5e-3]
-    for adapter, rate in zip(bank.manifest.adapters, [5e-3, *[1.25e-3] * 4], strict=True):
+    for adapter, rate in zip(bank.manifest.adapters, [5e-3, *[5e-3 * RATE_WITH_TRUNK] * 4], strict=True):
         assert adapter.training is not None
         assert (adapter.training.learning_rate, adapter.training.attempts) == (pytest.approx(rate), 2)
 

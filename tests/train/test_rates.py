@@ -14,6 +14,7 @@ from localmoe.errors import ConfigError
 from localmoe.train import experts as training
 from localmoe.train import rates
 from localmoe.train.course import DivergedError
+from localmoe.train.groundwork import RATE_AFTER_TRUNK
 from localmoe.train.progress import Event
 from localmoe.train.rates import best_of, lowest_of_the_best
 
@@ -66,7 +67,7 @@ def test_a_bank_is_built_at_the_rates_that_tune_documents_like_best(
     best = min(told, key=told.__getitem__)
     found = {e.adapter.training.learning_rate for e in bank.manifest.experts if e.adapter and e.adapter.training}
     assert [pytest.approx(rate, rel=1e-4) for rate in found] == [best]
-    assert [rate / trunk.training.learning_rate / config.train.expert_rate for rate in found] != [1.0]
+    assert [rate / trunk.training.learning_rate / RATE_AFTER_TRUNK for rate in found] != [1.0]
 
 
 def test_trials_that_are_done_are_not_run_again(

@@ -336,7 +336,16 @@ class _Lane:
         else:
             y = self._base(x).reshape(-1, self.d_out)
         if group.together is not None and self.located is not None:
-            group.block.owner.widen(y, self.located, group.together)
+            y = self._widened(y, group.together, self.located)
         else:
             y.addmm_(group.narrow[self.place], self.Bt)
         return y.view(*x.shape[:-1], self.d_out)
+
+    def _widened(self, y: Tensor, narrow: Tensor, Bt: Located) -> Tensor:
+        owner = self.group.block.owner
+        if y.dtype == torch.bfloat16 and y.is_contiguous():
+            owner.widen(y, Bt, narrow)
+            return y
+        update = torch.zeros(y.shape, dtype=torch.bfloat16)  # a linear of another kind may give what it likes
+        owner.widen(update, Bt, narrow)
+        return y + update

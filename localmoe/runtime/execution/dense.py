@@ -231,7 +231,7 @@ class DenseBuffer:
         for name, target in targets.items():
             base = weight_of(target.module)
             if name in deltas:
-                torch.add(base, deltas[name].to(base.device, base.dtype), out=self._target(target))
+                self._target(target).copy_(base.float() + deltas[name].to(base.device).float())
             else:
                 self._keep(target)
         self.held = key

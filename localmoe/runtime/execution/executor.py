@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +95,7 @@ class Executor:
         for mix in mixes:
             if mix.experts and mix.bank != self.bank.manifest.digest:
                 raise BankError("the mix was routed in another bank", "route the prompt again in this one")
-        if all(mix == mixes[0] for mix in mixes):
+        if len({(mix.experts, mix.weights, mix.method) for mix in mixes}) == 1:
             mixes = mixes[:1]
         key = tuple(self.key(mix) for mix in mixes) if self.config.mix_cache else None
         pieces = [self._pieces(mix) for mix in mixes]
@@ -105,7 +106,7 @@ class Executor:
                     "a batch of different mixes needs a merge method that is low-rank", "choose the method 'linear'"
                 )
             return Loaded(mixes, None, deltas[0], key)
-        rows = [dict(piece) for piece in pieces if not isinstance(piece, dict)]
+        rows = [_summed(piece) for piece in pieces if not isinstance(piece, dict)]
         experts = list({id(expert): expert for row in rows for expert in row}.values())
         if not experts:
             return Loaded(mixes, None, None, key)
@@ -281,10 +282,25 @@ class Running:
         self.merge_seconds += time.perf_counter() - started
 
 
+def _summed(pieces: Sequence[tuple[PackedExpert, float]]) -> dict[PackedExpert, float]:
+    """Each expert's weight; experts of equal contents are one in memory, and count as often as they are there."""
+    found: dict[PackedExpert, float] = {}
+    for expert, weight in pieces:
+        found[expert] = found.get(expert, 0.0) + weight
+    return found
+
+
 def rounded(mix: Mix, steps: int) -> Mix:
-    """The mix with its weights rounded to multiples of 1/steps, so that more prompts repeat a mix; zeros leave it."""
-    weights = [(expert, round(weight * steps) / steps) for expert, weight in zip(mix.experts, mix.weights, strict=True)]
-    kept = [(expert, weight) for expert, weight in weights if weight != 0]
+    """The mix with weights that are multiples of 1/steps, so that more prompts repeat a mix; zeros leave it.
+
+    Weights are rounded down, then the largest remainders up, until the sum is what it was, itself rounded.
+    """
+    wanted = [weight * steps for weight in mix.weights]
+    whole = [math.floor(weight) for weight in wanted]
+    missing = round(sum(wanted)) - sum(whole)
+    for place in sorted(range(len(whole)), key=lambda place: whole[place] - wanted[place])[:missing]:
+        whole[place] += 1
+    kept = [(expert, count / steps) for expert, count in zip(mix.experts, whole, strict=True) if count != 0]
     if not kept:
         return mix
     return replace(mix, experts=tuple(e for e, _ in kept), weights=tuple(w for _, w in kept))

@@ -1,5 +1,6 @@
 """Execution of mixes: three ways, one algebra; base weights that stay as they are; what is kept and what is not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_an_expert_with_factors_of_its_own_mixes_with_those_that_share_one(way: 
     logits = _logits(executor(model, experts, trunk), chosen, way)
     expected = oracle(model, experts, chosen, IDS)
     torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_of_equal_contents_count_as_often_as_they_are_in_the_mix(way: Way) -> None:
+    model = tiny.base("llama")
+    same = tiny.random_adapter(model, 1)
+    adapters = {"a": same, "b": same, "c": tiny.random_adapter(model, 2)}
+    run, chosen = executor(model, adapters), mix(a=0.5, b=0.3, c=0.2)
+    for record in run.bank.manifest.experts[:2]:
+        record.adapter.sha256 = "one content"
+    expected = oracle(model, adapters, chosen, IDS)
+    torch.testing.assert_close(_logits(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_mixes_that_differ_in_why_they_were_chosen_alone_are_one() -> None:
+    model = tiny.base("llama")
+    run = executor(model, {"a": tiny.random_adapter(model)})
+    assert len(run.load([mix(a=1.0), replace(mix(a=1.0), fallback="nothing was near")]).mixes) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -300,12 +319,26 @@ def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> Non
         run.prefetch(["nobody"]).result(timeout=60)
 
 
-def test_rounded_weights_are_multiples_and_never_nothing() -> None:
+def test_rounded_weights_are_multiples_that_keep_their_sum_and_never_nothing() -> None:
     assert rounded(mix(a=0.52, b=0.47, c=0.01), 4) == mix(a=0.5, b=0.5)
     assert rounded(mix(a=0.1), 4) == mix(a=0.1)
+    assert rounded(mix(a=0.3, b=0.3, c=0.1, d=0.1, e=0.1, f=0.1), 4) == mix(a=0.25, b=0.25, c=0.25, d=0.25)
+    assert rounded(mix(a=1.25, b=-0.25), 2) == mix(a=1.5, b=-0.5)
 
 
 # what is refused
+
+
+def test_a_base_that_is_cut_over_devices_is_refused() -> None:
+    class DTensor(torch.Tensor):
+        """What a tensor-parallel plan makes of a weight, by name."""
+
+    model = tiny.base("llama")
+    projection = model.model.layers[0].mlp.up_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(DTensor), requires_grad=False)
+    run = executor(model, {"a": tiny.random_adapter(tiny.base("llama"))})
+    with pytest.raises(UsageError, match=r"up_proj\.weight is cut over several devices"):
+        run.load([mix(a=1.0)])
 
 
 def test_an_expert_that_does_not_fit_the_base_is_an_error_that_names_the_module() -> None:

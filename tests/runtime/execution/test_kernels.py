@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mixing import executor, mix, oracle
+from torch import nn
 
 from localmoe.lora import Adapter, LowRank
 from localmoe.models import target_linears
@@ -213,6 +214,31 @@ def test_a_base_gives_the_logits_of_gathered_factors(
     exact = torch.cat([oracle(model, adapters, one, row[None]) for one, row in zip(mixes, ids, strict=True)])
     error, gathered = ((one.double() - exact).abs().mean() for one in found)
     assert error < 1.2 * gathered  # both round to bf16; the kernels less often
+
+
+class _Odd(nn.Linear):
+    """A linear of another kind, whose result has other strides, or is of another dtype."""
+
+    wide = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.float() if self.wide else y.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+@HERE
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_a_linear_of_another_kind_gives_is_left_in_its_strides_and_dtype(wide: bool) -> None:
+    model, adapters = _wide()
+    expected = oracle(model, adapters, mix(a=0.7, b=-0.4), tiny.passages(9)[0].tokens[None])
+    odd = model.model.layers[-1].mlp.down_proj  # nothing reads it but the sum of the residual stream
+    odd.__class__ = _Odd
+    odd.wide = wide
+    model.model.norm.register_forward_hook(lambda _module, _inputs, normed: normed.bfloat16())
+    run = executor(model, adapters)
+    with torch.inference_mode(), run.attached(run.load([mix(a=0.7, b=-0.4)]), "stacked"):
+        logits = model(tiny.passages(9)[0].tokens[None]).logits
+    torch.testing.assert_close(logits.double(), expected, rtol=0.1, atol=0.1)
 
 
 @HERE
