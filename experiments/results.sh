@@ -24,11 +24,10 @@ mixed_corpus() { # five kinds of text, of which the laboratory model has seen no
         "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
 }
 
-trunk=(--recipe trunk --active 3) # as these were built, before there was recipe joint
-small=("${trunk[@]}" --base "$work/laboratory/model" --encoder static --clusters 12 --min-tokens 4000 --rank 4 --set train.alpha=4
-    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set threads=1)
-methods=base,trunk,merged,fine-tuned,merged-1,uniform,null,ensemble,merged-10,ttt-trunk
-tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --methods $methods
+small=(--base "$work/laboratory/model" --encoder static --rank 8 --set train.alpha=8 --set threads=1
+    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --try-rate 0.5 --try-rate 1 --try-rate 2)
+methods=base,trunk,merged,fine-tuned,merged-1,merged-3,uniform,sift,null,ensemble,ttt-trunk,ttt-fine-tuned
+tuned=(--documents 300 --set fine_tune.tune_tokens=200000 --set 'fine_tune.ranks=[16]' --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
 [ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
 
@@ -38,32 +37,27 @@ for part in $parts; do
         "$bin/python" experiments/laboratory.py "$articles" "$work/laboratory" ;;
     mixed)
         mixed_corpus
-        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --learning-rate 1.6e-2 -- "${tuned[@]}" ;;
+        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 300000 --clusters 24 --min-tokens 4000 --epochs 2 \
+            --learning-rate 4e-3 -- "${tuned[@]}" ;;
     wikipedia-laboratory)
-        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 \
-            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 \
-            --learning-rate 6e-3 --set train.trunk_epochs=0.5 --epochs 0.5 --set train.expert_rate=2 \
-            --try-active 10 --try-active 22 --try-active 40 -- "${tuned[@]}" ;;
+        measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 --min-tokens 4000 \
+            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 --learning-rate 6e-3 --set train.batch=4 -- "${tuned[@]}" ;;
     python-laboratory)
-        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --clusters 8 --rank 16 --set train.alpha=16 \
-            --sample-tokens 400000 --learning-rate 8e-3 --set train.batch=1 -- "${tuned[@]}" --set 'fine_tune.batches=[4]' ;;
+        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 400000 --clusters 24 --min-tokens 4000 \
+            --epochs 2 --rank 16 --set train.alpha=16 --learning-rate 8e-3 -- "${tuned[@]}" --set 'fine_tune.ranks=[32]' ;;
     mixed-smollm2)
         mixed_corpus
-        measure mixed-smollm2 "$work/mixed.jsonl" 50 256 "${trunk[@]}" --base $base --sample-tokens 150000 --clusters 6 --min-tokens 6000 \
-            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 --learning-rate 1e-3 --set train.batch=1 \
-            --set train.trunk_epochs=0.5 --epochs 0.5 --set train.expert_rate=0.5 -- --documents 250 \
-            --set fine_tune.tune_tokens=25000 --set 'fine_tune.batches=[4]' --methods $methods --set ttt.documents=40 \
-            --set ttt.neighbours=15 --set ttt.rate=5e-4 ;;
+        measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
+            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 -- --documents 250 \
+            --set fine_tune.tune_tokens=25000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=15 --set ttt.rate=5e-4 ;;
     python)
-        measure python "$work/python.jsonl" 100 256 "${trunk[@]}" --base $base --sample-tokens 150000 --clusters 8 --min-tokens 4000 \
-            --set corpus.tune_fraction=0.1 --set corpus.test_fraction=0.3 --set threads=1 -- --documents 300 \
-            --set fine_tune.tune_tokens=60000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=25 \
-            --set ttt.rate=1e-3 ;;
+        measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 500000 --clusters 24 --min-tokens 8000 \
+            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1 -- --documents 300 \
+            --set fine_tune.tune_tokens=50000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=25 --set ttt.rate=1e-3 ;;
     wikipedia)
         measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 400000 --clusters 24 --min-tokens 6000 \
-            --learning-rate 1e-3 --set train.batch=1 --set train.expert_rate=1 --epochs 1 --set threads=1 \
-            --set corpus.tune_fraction=0.03 --set corpus.test_fraction=0.1 -- --documents 300 --set fine_tune.tune_tokens=40000 \
-            --set 'fine_tune.batches=[4]' --methods base,trunk,merged,fine-tuned,null ;;
+            --learning-rate 1e-3 --set corpus.tune_fraction=0.03 --set corpus.test_fraction=0.1 --set threads=1 -- --documents 300 \
+            --set fine_tune.tune_tokens=40000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=12 --set ttt.rate=5e-4 ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from localmoe.evaluate.results import Results
-from localmoe.evaluate.statistics import gap_share
+from localmoe.evaluate.statistics import compare, gap_share
 from localmoe.evaluate.verdicts import noun
-from localmoe.quantities import percent
+from localmoe.quantities import interval_text, percent
 
+CONTROL = "null"
+"""The method whose centroids are shuffled."""
 NEAR, FAR = "trunk", "ttt-trunk"
 GAPS = {"gap": (NEAR, FAR), "gap_from_fine_tuned": ("fine-tuned", "ttt-fine-tuned")}
 """Key in the shipped default's `detail` → where the way begins and ends."""
@@ -78,6 +80,24 @@ def gap_sentences(results: Results) -> list[str]:
 
 
 def closing_sentences(results: Results) -> list[str]:
-    """What stands below the table of an evaluation: the gaps that are closed, and what is out of reach."""
-    unreachable = out_of_reach(results)
-    return gap_sentences(results) + ([] if unreachable is None else [unreachable])
+    """What stands below the table of an evaluation: the control, the gaps that are closed, and what is out of reach."""
+    others = [control_sentence(results), out_of_reach(results)]
+    return gap_sentences(results) + [sentence for sentence in others if sentence is not None]
+
+
+def control_sentence(results: Results) -> str | None:
+    """Whether shuffled centroids lose to the shipped default, as they must if routing matters; None if not scored."""
+    null, default = results.method(CONTROL), next((method for method in results.methods if method.default), None)
+    if null is None or default is None:
+        return None
+    ours, theirs = (dict(zip(one.documents, one.nll, strict=True)) for one in (default, null))
+    both = sorted(ours.keys() & theirs.keys())
+    tokens = [results.tokens[place] for place in both]
+    found = compare([theirs[place] for place in both], [ours[place] for place in both], tokens)
+    interval = interval_text(found.gain, found.low, found.high)
+    if found.high < 0:
+        return f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"
+    return (
+        f"the control does not lose: shuffled centroids are {interval} against {noun(default)}, so that here it is not "
+        "shown to matter which experts a prompt gets"
+    )

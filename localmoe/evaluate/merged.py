@@ -12,7 +12,7 @@ import torch
 from localmoe.config import GenerateConfig, RouteConfig
 from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, methods, plain_mixes
 from localmoe.evaluate.entropies import entropies
-from localmoe.evaluate.protocol import Trial
+from localmoe.evaluate.protocol import Trial, query_tokens
 from localmoe.models import packed
 from localmoe.packing import token_nll
 from localmoe.routing import ON_MEANS, Mix, beta_scores, find_beta, route, similarities, sparse_softmax
@@ -82,7 +82,10 @@ def merged(bench: Bench) -> Scores:
     scores = score_mixes(bench, mixes, select, "merged")
     nearest = similarities(bench.queries, bench.engine.router.centroids).amax(dim=1).tolist()
     config = bench.engine.config
-    return replace(scores, detail={"beta": config.beta, "router": config.router, "similarity": nearest})
+    records = [record.adapter for record in bench.engine.bank.routable() if record.adapter is not None]
+    size = sum(record.weights.bytes for record in records) / max(1, len(records))
+    told = {"beta": config.beta, "router": config.router, "expert_bytes": round(size), "similarity": nearest}
+    return replace(scores, detail=told)
 
 
 def _merged_with(active: int) -> Callable[[Bench], Scores]:
@@ -196,14 +199,14 @@ def entropy(bench: Bench) -> Scores:
     engine, experts = bench.engine, bench.engine.router.centroids.experts
     if len(experts) < 2:
         raise NotPossibleError("entropies choose among several experts, and the bank has one", "leave out entropy")
-    tune = torch.stack([entropies(bench.engine, trial.passage.tokens[: bench.cut.query]) for trial in bench.tune])
+    tune = torch.stack([entropies(bench.engine, query_tokens(trial, bench.cut)) for trial in bench.tune])
     config = engine.config
     beta = find_beta(-tune, config.active, config.tau, config.max_experts).beta
     mixes, seconds = [], []
     for place, trial in enumerate(bench.trials):
         started = time.perf_counter()
         weights = (
-            sparse_softmax(-entropies(bench.engine, trial.passage.tokens[: bench.cut.query])[None], beta, config.tau)[0]
+            sparse_softmax(-entropies(bench.engine, query_tokens(trial, bench.cut))[None], beta, config.tau)[0]
             .float()
             .tolist()
         )

@@ -47,6 +47,12 @@ class Trial:
     messages: tuple[Message, ...] = ()
 
 
+def query_tokens(trial: Trial, cut: Cut) -> torch.Tensor:
+    """The tokens [n] that a method may read to choose experts: the first ones, and none that is scored."""
+    scored = int(trial.passage.labels.int().argmax())
+    return trial.passage.tokens[: min(cut.query, scored)]
+
+
 def held_out(engine: Engine, prefix_tokens: int, most_tokens: int, most_documents: int | None = None) -> list[Trial]:
     """Trials from the bank's test documents, in the order of their ids (which is random).
 

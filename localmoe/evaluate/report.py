@@ -27,6 +27,7 @@ from localmoe.evaluate.tables import (
     Table,
     checks_table,
     comparisons_table,
+    costs_table,
     experts_table,
     headline,
     markdown,
@@ -102,7 +103,8 @@ def command(results: Results) -> str:
 
 def _tables(results: Results) -> list[Table]:
     optional = [experts_table(results)]
-    tables = [methods_table(results), comparisons_table(results), *subset_tables(results), checks_table(results)]
+    tables = [methods_table(results), costs_table(results), comparisons_table(results)]
+    tables += [*subset_tables(results), checks_table(results)]
     return [table for table in [*tables, *optional] if table is not None and table.rows]
 
 

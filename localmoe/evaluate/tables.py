@@ -130,6 +130,41 @@ def _method_cells(results: Results, method: MethodResult, row: ComparisonRow | N
     )
 
 
+def costs_table(results: Results) -> Table:
+    """What a prompt's own model costs, stage by stage: median (95th percentile)."""
+    stages = {
+        "embed": "the prompt's embedding",
+        "select": "the weights of its experts",
+        "load": "experts that are not in memory",
+        "merge": "the experts' sum, and the weights with it",
+        "train": "steps of test-time training",
+        "forwards": "the forwards of an ensemble, one an expert",
+        "added": "all of these: what it costs beside the base model's own work",
+        "first_token": "from the prompt to the first token, all included",
+        "per_token": "every token after the first",
+    }
+    default = next((method for method in results.methods if method.default), None)
+    token = None if default is None else default.seconds.get("per_token")
+    rows = []
+    for method in results.methods:
+        if "added" not in method.seconds:
+            continue
+        spreads = [method.seconds.get(stage) for stage in stages]
+        cells = [
+            Cell("")
+            if spread is None
+            else Cell(f"{duration_text(spread.p50)} ({duration_text(spread.p95)})", spread.p50)
+            for spread in spreads
+        ]
+        tokens = None if token is None else method.seconds["added"].p50 / token.p50
+        rows.append((method_cell(method), *cells, Cell("") if tokens is None else Cell(f"{tokens:,.1f}", tokens)))
+    size = None if default is None else default.detail.get("expert_bytes")
+    columns = (Column(name.replace("_", " "), True, text) for name, text in stages.items())
+    overhead = Column("added, in tokens", True, "as many tokens after the first take as long as what is added")
+    notes = () if size is None else (f"An expert takes {size / 2**20:,.1f} MiB on disk.",)
+    return Table("Costs of a prompt", (Column("method"), *columns, overhead), tuple(rows), notes)
+
+
 def method_cell(method: MethodResult) -> Cell:
     """A method's name; the shipped default says so."""
     return Cell(f"{method.name} (default)" if method.default else method.name, None, "strong" if method.default else "")

@@ -7,7 +7,15 @@ from dataclasses import replace
 import made_results
 import pytest
 
-from localmoe.evaluate.gaps import FAR, NEAR, closed_gap, gap_sentences, out_of_reach
+from localmoe.evaluate.gaps import (
+    FAR,
+    NEAR,
+    closed_gap,
+    closing_sentences,
+    control_sentence,
+    gap_sentences,
+    out_of_reach,
+)
 from localmoe.evaluate.results import ComparisonRow, Results
 
 
@@ -54,6 +62,19 @@ def test_nothing_is_said_of_a_gap_that_was_not_asked_for() -> None:
     without = [method for method in results.methods if method.name != "ttt-trunk"]
     assert gap_sentences(replace(results, methods=tuple(without))) == []
     assert gap_sentences(replace(results, methods=())) == []
+
+
+@pytest.mark.parametrize(("worse", "begins"), [(0.5, "the control loses as it must: "), (0.0, "the control does not ")])
+def test_the_control_is_said_to_lose_only_if_it_does(worse: float, begins: str) -> None:
+    results = _made(0.5)
+    assert control_sentence(results) is None
+    merged = results.method("merged")
+    assert merged is not None
+    null = replace(merged, name="null", default=False, nll=tuple(nll + worse for nll in merged.nll))
+    with_control = replace(results, methods=(*results.methods, null))
+    said = control_sentence(with_control)
+    assert said is not None and said.startswith(begins)
+    assert said in closing_sentences(with_control)
 
 
 def test_the_way_from_the_fine_tune_has_a_sentence_of_its_own() -> None:

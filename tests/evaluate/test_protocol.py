@@ -12,7 +12,7 @@ import torch
 
 import localmoe
 from localmoe.errors import CorpusError, UsageError
-from localmoe.evaluate.protocol import Cut, Trial, held_out, mutated, score_alone, score_merged, trials_of
+from localmoe.evaluate.protocol import Cut, Trial, held_out, mutated, query_tokens, score_alone, score_merged, trials_of
 from localmoe.packing import Passage
 from localmoe.runtime.engine import Engine, base_mix
 
@@ -108,3 +108,6 @@ def test_a_conversation_takes_loss_on_its_answers_and_routes_by_its_questions(
         said = engine.tokenizer.decode(trial.passage.tokens[trial.passage.labels])
         assert said.startswith(trial.suffix) and trial.prefix not in said
         assert mutated(engine, trial, cut).prefix == trial.prefix
+        read = engine.tokenizer.decode(query_tokens(trial, Cut(120, 120, 120)))
+        assert trial.prefix in read and trial.suffix not in read
+        assert len(query_tokens(trial, cut)) == 5

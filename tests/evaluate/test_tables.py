@@ -6,12 +6,13 @@ from dataclasses import replace
 import made_results
 import pytest
 
-from localmoe.evaluate.results import ComparisonRow, Results
+from localmoe.evaluate.results import ComparisonRow, Results, Spread
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.tables import (
     Cell,
     Column,
     Table,
+    costs_table,
     experts_table,
     headline,
     main_baseline,
@@ -54,6 +55,21 @@ def test_every_method_has_a_row_with_its_gain_and_cost(results: Results) -> None
     assert _column(table, "added")["merged (default)"].text == "31 ms"
     assert _column(table, "documents")["ttt-trunk"].text == "40"
     assert "cannot be compared" in " ".join(table.notes)
+
+
+def test_costs_are_told_stage_by_stage_and_in_tokens(results: Results) -> None:
+    merged = results.method("merged")
+    assert merged is not None
+    stages = merged.seconds | {"per_token": Spread(0.02, 0.03)}
+    ours = replace(merged, seconds=stages, detail=merged.detail | {"expert_bytes": 3 * 2**20})
+    methods = tuple(ours if method.default else method for method in results.methods)
+    table = costs_table(replace(results, methods=methods))
+    assert [row[0].text for row in table.rows] == [
+        f"{name} (default)" if name == "merged" else name for name in made_results.GAINS if name in made_results.ADDED
+    ]
+    assert _column(table, "added")["merged (default)"].text.startswith("31 ms (")
+    assert _column(table, "added, in tokens")["merged (default)"].value == pytest.approx(0.031 / 0.02)
+    assert table.notes == ("An expert takes 3.0 MiB on disk.",)
 
 
 def test_without_a_subset_the_documents_are_not_repeated_in_every_row() -> None:

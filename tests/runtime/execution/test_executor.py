@@ -333,7 +333,7 @@ def test_a_base_that_is_cut_over_devices_is_refused() -> None:
     class DTensor(torch.Tensor):
         """What a tensor-parallel plan makes of a weight, by name."""
 
-    model = tiny.base("llama")
+    model = tiny.causal_model("llama", **tiny.LLAMA)
     projection = model.model.layers[0].mlp.up_proj
     projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(DTensor), requires_grad=False)
     run = executor(model, {"a": tiny.random_adapter(tiny.base("llama"))})
