@@ -21,6 +21,7 @@ from localmoe.runtime.execution.layout import Layout, Target
 from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
 
 _PLANS = 256
+_NEAR_SUMMED = 8  # tokens that the sum of experts with one A is multiplied with where it lies
 
 Rows = NDArray[np.int64]
 
@@ -31,7 +32,8 @@ class Beside:
     One product with A serves all targets of a group, since they read one input. The rows of a batch may have mixes of
     their own: the weights multiply the narrow activations x Aᵀ, so no factor is copied for a row or a token.
     Few tokens are multiplied with the factors where they lie (`kernels`), many with factors gathered side by side;
-    where there are no kernels, or all experts share A, all are. `held` says whose factors stay gathered, if any do.
+    where there are no kernels, or a batch's experts share A, all are. Experts of one mix that share A are summed, and
+    then run as one. `held` says whose factors stay gathered, if any do.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -48,6 +50,9 @@ class Beside:
         self.level = level_for(layout)
         """The kernels that multiply them there."""
         self._weights: dict[int, Tensor] = {}
+        self._one = torch.ones(1, 1)
+        self.summed = False
+        """Whether the experts are one: Σ w_k B_k at the A that they share."""
         self.active: Active | None = None
         self.workspace = self.passing
         self.current: _BlockLanes | None = None
@@ -95,7 +100,10 @@ class Beside:
         return self._plans[key]
 
     def _begin(self, active: Active, stay: bool, key: object) -> None:
+        self.summed = active.shared is not None and active.single
         self.near = kernels.TOKENS[self.level] if active.shared is None else 0
+        if self.summed:  # one expert of rank r is little to gather: what is saved is torch's time for a small product
+            self.near = min(_NEAR_SUMMED, kernels.TOKENS[self.level])
         again = stay and key is not None and key == self.held
         self.active, self.workspace, self.current = active, self.staying if stay else self.passing, None
         for block in self._blocks:
@@ -107,15 +115,14 @@ class Beside:
     def _weigh(self, active: Active) -> None:
         """Gives every group the weights of its narrow activations."""
         plan = self._plan(active)
-        merged = active.shared is not None and active.single
         made = [_coefficients(active, ranks) for ranks in plan.ranks]
         on = {(kind, group.device) for group, kind in zip(self._groups, plan.groups, strict=True)}
-        there = {} if merged else {(kind, device): _on(made[kind], device) for kind, device in on}
+        there = {} if self.summed else {(kind, device): _on(made[kind], device) for kind, device in on}
         for group, kind in zip(self._groups, plan.groups, strict=True):
             group.c = there.get((kind, group.device))
-            group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not merged
+            group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not self.summed
         self._weights = {}
-        if self.near > 0:
+        if self.near > 0 and not self.summed:
             self._locate(active, plan)
 
     def _locate(self, active: Active, plan: _Plan) -> None:
@@ -130,7 +137,7 @@ class Beside:
         """(x Aᵀ)·w of all experts and targets of a group, [tokens, width] fp32; rows: x as [tokens, d_in]."""
         tokens = len(rows)
         if tokens not in self._weights:
-            weights = self.active.weights  # type: ignore[union-attr]
+            weights = self._one if self.summed else self.active.weights  # type: ignore[union-attr]
             self._weights[tokens] = (
                 weights.repeat_interleave(tokens // len(weights), dim=0) if len(weights) > 1 else weights
             )
@@ -191,6 +198,11 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def _lying(factor: Tensor, rows: int, place: int) -> Located:
+    """One contiguous factor of so many rows, whose numbers begin at `place` of a row of n."""
+    return located(np.array([[factor.data_ptr()]]), 0, np.array([[rows], [place]]))
+
+
 class _BlockLanes:
     """One block of the layout, ready when its factors are gathered."""
 
@@ -219,6 +231,9 @@ class _BlockLanes:
                 group.At = At
                 for lane in group.lanes:
                     lane.Bt = next(Bt)
+        if owner.summed and owner.near > 0:
+            for group in self.groups:
+                group.locate()
         self.ready = True
 
     def forget(self) -> None:
@@ -253,6 +268,8 @@ class _GroupLanes:
         owner, self.rows = self.block.owner, x.reshape(-1, self.d_in)
         near = len(self.rows) <= owner.near and x.dtype == torch.bfloat16
         near = near and not (x.requires_grad and torch.is_grad_enabled())
+        if near and owner.summed and not self.block.ready:
+            self.block.fill()
         if near and self.A is not None and owner.active is not None:
             if owner.active.by_row:
                 self._check_rows(x, len(owner.active.weights))
@@ -260,6 +277,14 @@ class _GroupLanes:
         else:
             self.together, self.narrow = None, self._gathered(x)
         self.x = x
+
+    def locate(self) -> None:
+        """Tells the kernels where the gathered factors lie, as those of one expert."""
+        ranks = np.array([len(lane.Bt) for lane in self.lanes])
+        self.width, places = int(ranks.sum()), ranks.cumsum() - ranks
+        self.A = _lying(self.At.t(), self.width, 0)
+        for lane, rank, place in zip(self.lanes, ranks.tolist(), places.tolist(), strict=True):
+            lane.located = _lying(lane.Bt, rank, place)
 
     def _gathered(self, x: Tensor) -> Sequence[Tensor]:
         if not self.block.ready:

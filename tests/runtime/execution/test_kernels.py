@@ -290,6 +290,35 @@ def test_experts_of_one_a_are_summed_and_then_merged_by_tiles_as_one(monkeypatch
 
 
 @HERE
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("stay", [False, True])
+def test_experts_of_one_a_run_beside_the_weights_as_one(
+    level: Level, stay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _here(level)
+    model, alone = _wide()
+    trunk = tiny.random_adapter(model, 1, 4)
+    adapters: dict[str, Adapter] = {
+        key: {name: LowRank(trunk[name].A, one[name].B, trunk[name].c) for name in trunk} for key, one in alone.items()
+    }
+    adapters["d"] = tiny.random_adapter(model, 9, 3)  # with an A of its own
+    ids, errors, calls = tiny.passages(8)[0].tokens[None], [], []
+    mixes = [mix(a=0.7, b=-0.4, c=1.1), mix(a=0.2, c=0.8), mix(a=0.5, d=0.5), mix(a=0.2, c=0.8)]
+    monkeypatch.setattr(kernels, "narrow", _counted(kernels.narrow, calls))
+    for at in (level, 0):
+        monkeypatch.setattr(kernels, "level", lambda at=at: at)
+        run = executor(model, adapters, trunk)
+        for chosen in mixes:
+            exact = oracle(model, adapters, chosen, ids)
+            with torch.inference_mode(), run.attached(run.load([chosen]), "stacked", stay):
+                for _ in range(2):  # the second pass finds the factors gathered
+                    errors.append((model(ids).logits.double() - exact).abs().mean())
+        assert (len(calls) > 0) == (level > 0)
+    here, gathered = errors[: 2 * len(mixes)], errors[2 * len(mixes) :]
+    assert all(error < 1.2 * other for error, other in zip(here, gathered, strict=True))
+
+
+@HERE
 def test_a_merge_by_tiles_leaves_weights_that_it_cannot_take_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     _here(2)
     model, adapters = _wide()
