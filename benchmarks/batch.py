@@ -4,9 +4,9 @@
                                [--rounds 5] [--base MODEL | --shape llama-3.2-1b] [--device cuda] [--json PATH]
 
 Ours (`grouped`, over the union of the batch's experts; and with experts that share A) in turn with
-(i) the base model alone at the same batch, (ii) ours one prompt after another, (iii) PEFT's mixed batch, one `cat`
-adapter a prompt, which is made beforehand and timed apart. All from text to the last token, prefill included, the
-encoder left out; every row has as many tokens as the others.
+(i) the base model alone at the same batch, by transformers' `generate` and by the loop that serves mixes, (ii) ours one
+prompt after another, (iii) PEFT's mixed batch, one `cat` adapter a prompt, made beforehand and timed apart. All
+from text to the last token, prefill included, the encoder left out; every row has as many tokens as the others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bench import Bench
 
-SIDES = ("base", "localmoe", "localmoe, shared A", "one after another", "peft cat")
+SIDES = ("base", "base by our loop", "localmoe", "localmoe, shared A", "one after another", "peft cat")
 
 
 class PeftBatch:
@@ -118,12 +119,15 @@ def _work(
 ) -> dict[str, Callable[[], Any]]:
     tokens = bench.arguments.new_tokens
 
+    alone = [replace(mix, experts=(), weights=()) for mix in mixes]
+
     def one_after_another() -> None:
         for text, mix in zip(texts, mixes, strict=True):
             ours.answer_mix(text, mix, tokens)
 
     return {
         "base": lambda: generate(bench.model, bench.tokenizer, texts, tokens, bench.device),
+        "base by our loop": lambda: ours.answer_batch(texts, alone, tokens),
         "localmoe": lambda: ours.answer_batch(texts, mixes, tokens),
         "localmoe, shared A": lambda: alike.answer_batch(texts, [alike.own(mix) for mix in mixes], tokens),
         "one after another": one_after_another,
@@ -147,7 +151,9 @@ def _row(spent: dict[str, list[float]], tokens: int, distinct: list[int], prepar
         f"{side} / {other}": statistics.median(b / a for a, b in zip(spent[side], spent[other], strict=True))
         for side, other in (
             ("localmoe", "base"),
+            ("localmoe", "base by our loop"),
             ("localmoe, shared A", "base"),
+            ("localmoe, shared A", "base by our loop"),
             ("localmoe", "one after another"),
             ("localmoe", "peft cat"),
         )

@@ -25,9 +25,9 @@ mixed_corpus() { # five kinds of text, of which the laboratory model has seen no
 }
 
 small=(--base "$work/laboratory/model" --encoder static --rank 8 --set train.alpha=8 --set threads=1
-    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --try-rate 0.5 --try-rate 1 --try-rate 2)
+    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set search.tokens=100000 --try-rate 0.5 --try-rate 1 --try-rate 2)
 methods=base,trunk,merged,fine-tuned,merged-1,merged-3,uniform,sift,null,ensemble,ttt-trunk,ttt-fine-tuned
-tuned=(--documents 300 --set fine_tune.tune_tokens=200000 --set 'fine_tune.ranks=[16]' --methods $methods
+tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --set 'fine_tune.ranks=[16]' --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
 [ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
 
