@@ -59,6 +59,26 @@ def outcome(own: Mapping[int, Nll], reference: Mapping[int, Nll]) -> Outcome:
     return Outcome("good" if nll < other else "harmful", len(own), nll, other, None)
 
 
+def outcome_beyond_doubt(own: Mapping[int, Nll], reference: Mapping[int, Nll]) -> Outcome:
+    """`outcome`, but harmful only where the loss is worse by more than the standard error of the paired difference.
+
+    For experts that are trained to be merged: the mixes of all others lose what they were trained with if one is left
+    out. One that is worse, but not by that much, is `unchecked`.
+    """
+    found = outcome(own, reference)
+    if found.status != "harmful" or found.nll is None or found.reference_nll is None:
+        return found
+    worse = np.array([own[row].total - reference[row].total for row in own])
+    tokens = np.array([own[row].tokens for row in own])
+    rest = worse - worse.sum() / tokens.sum() * tokens  # of the ratio Σ worse / Σ tokens, by linearisation
+    error = math.sqrt(float((rest**2).sum()) * len(own) / (len(own) - 1)) / float(tokens.sum())
+    change = found.nll - found.reference_nll
+    if change > error:
+        return found
+    reason = f"{change:+.4f} ± {error:.4f} nats a token against the trunk on {len(own)} tune documents tell nothing"
+    return Outcome("unchecked", len(own), None, None, reason)
+
+
 def nearest_rows(assignment: np.ndarray, similarity: np.ndarray, count: int, most: int = AT_MOST) -> list[list[int]]:
     """For each of `count` centroids the places of the points nearest to it alone, the most similar first.
 

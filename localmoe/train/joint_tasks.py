@@ -17,7 +17,7 @@ from localmoe.lora import Adapter, mixed
 from localmoe.packing import Passage
 from localmoe.routing import Centroids, route
 from localmoe.train.activity import suffix
-from localmoe.train.checks import Nll, choose_beta, document_nll, outcome
+from localmoe.train.checks import Nll, choose_beta, document_nll, outcome, outcome_beyond_doubt
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import (
     ATTEMPTS,
@@ -206,4 +206,4 @@ def _judged(work: Work, task: AdapterTask, reference: Adapter | None, adapter_of
     for row, passages in documents.items():  # one by one both times: how many run together changes the last digits
         own |= document_nll(model, {row: passages}, adapter_of(row))
         other |= document_nll(model, {row: passages}, reference)
-    return outcome(own, other)
+    return outcome(own, other) if reference is None else outcome_beyond_doubt(own, other)

@@ -1,15 +1,27 @@
 """Checks: losses of documents against an oracle, outcomes, and the choice of β."""
 
+import math
+
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 
+from localmoe.bank.manifest import Outcome
 from localmoe.config import RouteConfig
 from localmoe.lora import attached
 from localmoe.routing import Centroids
-from localmoe.train.checks import AT_MOST, UNTUNED_BETA, Nll, choose_beta, document_nll, nearest_rows, outcome
+from localmoe.train.checks import (
+    AT_MOST,
+    UNTUNED_BETA,
+    Nll,
+    choose_beta,
+    document_nll,
+    nearest_rows,
+    outcome,
+    outcome_beyond_doubt,
+)
 
 
 def test_the_loss_of_a_document_is_the_sum_over_its_passages_under_the_adapter() -> None:
@@ -47,6 +59,25 @@ def test_an_outcome_compares_means_per_token_and_needs_three_documents() -> None
     broken = outcome(better | {1: Nll(float("nan"), 10)}, reference)
     assert (broken.status, broken.nll, broken.reason) == ("harmful", None, "its loss on tune documents is nan")
     assert outcome(dict(list(reference.items())[:3]), reference).status == "harmful"
+
+
+def test_an_expert_made_to_be_merged_is_harmful_only_beyond_the_standard_error() -> None:
+    tokens, reference = (10, 20, 40, 30), (30.0, 50.0, 90.0, 70.0)
+    others = {row: Nll(total, count) for row, (total, count) in enumerate(zip(reference, tokens, strict=True))}
+
+    def found(*worse: float) -> Outcome:
+        own = {row: Nll(others[row].total + more, tokens[row]) for row, more in enumerate(worse)}
+        return outcome_beyond_doubt(own, others)
+
+    # every document worse by 0.1 nats a token: no doubt; by as much on average, but each its own way: a half of it
+    assert found(1.0, 2.0, 4.0, 3.0).status == "harmful"
+    assert found(-1.0, -2.0, -4.0, -2.5).status == "good"
+    scattered = found(7.0, -6.0, 8.0, 1.0)
+    rest = np.array([7.0, -6.0, 8.0, 1.0]) - 0.1 * np.array(tokens)
+    error = math.sqrt((rest**2).sum() * 4 / 3) / 100
+    assert scattered.status == "unchecked" and f"+0.1000 ± {error:.4f} nats" in str(scattered.reason)
+    assert found(0.0, 0.0, 0.0, 0.0).status == "unchecked"
+    assert found(0.0, 0.0, 0.0, math.nan).status == "harmful"
 
 
 def test_nearest_rows_are_the_most_similar_of_each_centroid() -> None:
