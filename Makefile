@@ -24,7 +24,7 @@ bench: install install-models ## overhead against ttmerge: results/overhead.json
 	$(BIN)/python benchmarks/plots.py results/overhead.json
 
 results: install install-models ## all evaluations under results/ (hours): make results ARTICLES=... GSM8K=... LAMBADA=... PUBMED=...
-	$(PIP) --editable '.[eval]'
+	$(PIP) --editable '.[eval,static]'
 	experiments/results.sh $(ARTICLES) $(GSM8K) $(LAMBADA) $(PUBMED) $(or $(WORK),results-work) $(PARTS)
 
 install: .venv/installed ## LocalMoE in .venv
