@@ -217,6 +217,9 @@ class Engine:
 
     def prefetch(self, experts: Iterable[str]) -> Future[None]:
         """Brings experts into memory in the background, before a prompt asks for them."""
+        if not self.executor.ready:
+            with self.turn():  # its linears are found by a forward of their own
+                self.executor.prepare()
         return self.executor.prefetch(experts)
 
     def _select(self, vector: np.ndarray) -> Mix:

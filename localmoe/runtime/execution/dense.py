@@ -58,6 +58,12 @@ class DenseBuffer:
         held += self._tiles.bytes + self._sums.bytes
         return held + sum(buffer.nbytes for buffer in self._buffers.values())
 
+    @property
+    def bytes_missing(self) -> int:
+        """Memory that the copy of the weights will take beside what it holds."""
+        weights = sum(weight_of(target.module).nbytes for target in self._layout.targets if is_plain(target.module))
+        return max(0, weights - sum(buffer.nbytes for buffer in self._buffers.values()))
+
     @torch.no_grad()
     def write(self, active: Active, key: object = None) -> None:
         """Merges one mix into the buffer: by tiles, or one `addmm` a weight; nothing to do if `key` is held.

@@ -64,12 +64,22 @@ class Executor:
         self.planner: Planner | None = None
         """What chooses with execution "auto"; None = fixed lengths of prompt and answer do."""
         self._device: ExpertCache | None = None
+        self._once = threading.RLock()  # for what is made once, whoever needs it first
 
     @cached_property
     def layout(self) -> Layout:
         """The base's linears in the order of a forward pass."""
         _check_local(self.model)
         return layout(self.model)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the base's linears are known, which takes a forward."""
+        return "layout" in self.__dict__
+
+    def prepare(self) -> None:
+        """Finds the base's linears, if they are not known yet."""
+        _ = self.layout
 
     @cached_property
     def dense(self) -> DenseBuffer:
@@ -224,10 +234,12 @@ class Executor:
         if name not in self._hashes:
             self._adapter(name)  # raises for an expert that is unknown or failed
         key = self._hashes[name]
-        if self.layout.blocks[0].device.type == "cpu":
+        device = self.layout.blocks[0].device
+        if device.type == "cpu":
             return self.host.get(key, lambda: self._packed(name))
-        if self._device is None:
-            self._device = ExpertCache(_device_bytes(self.config))
+        with self._once:
+            if self._device is None:
+                self._device = ExpertCache(_device_bytes(self.config, device, self.dense.bytes_missing))
         return self._device.get(key, lambda: self._placed(self.host.get(key, lambda: self._packed(name))))
 
     def _placed(self, expert: PackedExpert) -> PackedExpert:
@@ -235,7 +247,9 @@ class Executor:
         return expert if self.layout.blocks[0].device.type == "cpu" else moved(expert, self.layout)
 
     def _packed(self, name: str) -> PackedExpert:
-        return pack(self._adapter(name), self.layout, self._shared, pin=torch.cuda.is_available())
+        with self._once:
+            shared = self._shared
+        return pack(self._adapter(name), self.layout, shared, pin=torch.cuda.is_available())
 
     def _adapter(self, name: str) -> Adapter:
         trunk = self.bank.trunk() if name == TRUNK and all(e.id != TRUNK for e in self.bank.manifest.experts) else None
@@ -334,9 +348,9 @@ def _check_local(model: Any) -> None:
             )
 
 
-def _device_bytes(config: ExecutionConfig) -> int:
-    """Bytes for experts on the accelerator: what is asked for, or half of what is free."""
+def _device_bytes(config: ExecutionConfig, device: torch.device, spoken_for: int) -> int:
+    """Bytes for experts on a GPU: what is asked for, or half of what is free and not spoken for."""
     if config.device_bytes is not None:
         return config.device_bytes
-    free, _ = torch.cuda.mem_get_info()
-    return free // 2
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - spoken_for) // 2

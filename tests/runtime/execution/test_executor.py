@@ -10,10 +10,12 @@ import torch
 from mixing import TOLERANCE, executor, mix, oracle
 
 from localmoe.errors import BankError, UsageError
-from localmoe.lora import Adapter, LowRank
+from localmoe.lora import Adapter, LowRank, weight_of
 from localmoe.merging import mergers
+from localmoe.models import target_linears
 from localmoe.routing import Mix
 from localmoe.runtime.execution import TRUNK, Choice, Executor, Way, rounded
+from localmoe.runtime.execution.executor import _device_bytes
 
 WAYS: tuple[Way, ...] = ("dense", "stacked", "grouped")
 NEGATIVE = {"a": 0.7, "b": -0.4, "c": 1.1}
@@ -317,6 +319,20 @@ def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> Non
     assert "hash of a" in run.host and "hash of b" not in run.host
     with pytest.raises(KeyError):
         run.prefetch(["nobody"]).result(timeout=60)
+
+
+def test_experts_on_a_gpu_leave_room_for_the_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.base("llama")
+    run = executor(model, {"a": tiny.random_adapter(model)})
+    weights = sum(weight_of(module).nbytes for module in target_linears(model).values())
+    assert run.dense.bytes_missing == weights
+    _logits(run, mix(a=1.0), "dense")
+    assert run.dense.bytes_missing == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 if device.index == 1 else 0, 2000))
+    device = torch.device("cuda", 1)
+    assert _device_bytes(run.config, device, 400) == 300
+    assert _device_bytes(run.config, device, 4000) == 0
+    assert _device_bytes(replace(run.config, device_bytes=7), device, 400) == 7
 
 
 def test_rounded_weights_are_multiples_that_keep_their_sum_and_never_nothing() -> None:
