@@ -106,6 +106,11 @@ def fine_tuned_adapter(bench: Bench) -> tuple[Adapter, FineTuned]:
     return read_adapter(folder / found.adapter.folder)[0], found
 
 
+def training_seconds(bench: Bench) -> float:
+    """Seconds that the baseline's training took, its trials aside, whenever that was; 0 where there is none."""
+    return float(bench.training.read_json(_RECORD)["seconds"]) if bench.training.has(_RECORD) else 0.0
+
+
 def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
     budget, passages = bench.bank_tokens, bench.train_passages()
     tried = _tune(bench, passages, min(budget, bench.config.fine_tune.tune_tokens))

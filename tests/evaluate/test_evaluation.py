@@ -115,6 +115,15 @@ def test_the_fine_tuned_baseline_saw_as_many_tokens_as_trunk_and_experts_and_a_b
         assert len(rates) == asked + WIDENED or min(rates) < found_here < max(rates)  # a best one at the edge widens it
 
 
+def test_the_time_of_an_evaluation_counts_a_training_of_an_earlier_run(bench: Bench, tmp_path: Path) -> None:
+    own = replace(bench, work=Work(tmp_path, "scores"), training=Work(tmp_path, "training"))
+    for name, wall in (("merged", 5.0), ("fine-tuned", 2.0)):
+        own.work.write_json(f"scores-{name}.json", {"wall": wall})
+    assert evaluation._seconds(own, 1.0) == 7.0
+    own.training.write_json("fine-tuned.json", {"seconds": 100.0})
+    assert evaluation._seconds(own, 1.0) == 105.0
+
+
 def test_one_expert_active_is_the_nearest_router(results: Results) -> None:
     nearest, one = results.method("nearest"), results.method("merged-1")
     assert nearest is not None and one is not None
