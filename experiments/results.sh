@@ -29,7 +29,7 @@ trunk=(--recipe trunk --active 3 --base "$work/laboratory/model" --encoder stati
     --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3) # as these were built, before there was recipe joint
 small=(--base "$work/laboratory/model" --encoder static --rank 8 --set train.alpha=8 --set threads=1
     --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set search.tokens=100000 --try-rate 0.5 --try-rate 1 --try-rate 2)
-methods=base,trunk,merged,fine-tuned,merged-1,merged-3,uniform,sift,null,ensemble,ttt-trunk,ttt-fine-tuned
+methods=base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform,ttt-trunk,ensemble,ttt-fine-tuned
 tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --set 'fine_tune.ranks=[16]' --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
 earlier=base,trunk,merged,fine-tuned,merged-1,uniform,null,ensemble
@@ -47,7 +47,8 @@ for part in $parts; do
             --methods "$earlier,merged-10,ttt-trunk" ;;
     wikipedia-laboratory)
         measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 --min-tokens 4000 \
-            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 --learning-rate 6e-3 --set train.batch=4 -- "${tuned[@]}" ;;
+            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 --learning-rate 6e-3 --set train.batch=4 -- "${tuned[@]}" \
+            --set fine_tune.tune_tokens=600000 --set 'fine_tune.rates=[1.0,2.0]' --set 'fine_tune.batches=[]' ;;
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${trunk[@]}" --sample-tokens 400000 --clusters 8 \
             --learning-rate 8e-3 -- "${before[@]}" --methods "$earlier" ;;

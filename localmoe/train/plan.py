@@ -106,6 +106,11 @@ def advice(plan: Plan) -> str:
         count = plan.documents.get("train", 0)
         if count < FEW:
             return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
+        if plan.tokens_per_parameter >= SCARCE:
+            return (
+                f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and fast ones more: "
+                f"--try-rate 0.5 --try-rate 1 --try-rate 2 finds their rate; {unlike}"
+            )
         return (
             "likely where parts of the corpus are written differently, hardly on one kind of text that the base knows "
             f"well; measure it: localmoe eval; {unlike}"

@@ -141,12 +141,15 @@ def test_the_advice_turns_where_an_adapter_is_full(tiny_corpus: Path, config: Bu
         assert word in advice(replace(found, tokens_per_parameter=ratio))
 
 
-@pytest.mark.parametrize(("documents", "word"), [(FEW - 1, "so few"), (FEW, "written differently")])
-def test_the_advice_for_a_joint_training_goes_by_documents(
-    documents: int, word: str, tiny_corpus: Path, config: BuildConfig
+@pytest.mark.parametrize(
+    ("documents", "ratio", "word"),
+    [(FEW - 1, SCARCE, "so few"), (FEW, SCARCE / 2, "written differently"), (FEW, SCARCE, "and fast ones more")],
+)
+def test_the_advice_for_a_joint_training_goes_by_documents_and_by_how_full_an_adapter_is(
+    documents: int, ratio: float, word: str, tiny_corpus: Path, config: BuildConfig
 ) -> None:
     found = plan(tiny_corpus, replace(config, train=replace(config.train, recipe="joint")), probe=False)
-    assert word in advice(replace(found, documents={"train": documents}))
+    assert word in advice(replace(found, documents={"train": documents}, tokens_per_parameter=ratio))
     assert "of the variance" in advice(found)
 
 
@@ -155,6 +158,13 @@ def test_rates_to_try_take_time_too(tiny_corpus: Path, config: BuildConfig) -> N
     assert found.times is not None
     few = found.times.experts * min(1, EXPERTS / len(found.sizes))  # a trial of the experts' rate trains a few of them
     assert found.times.rates == pytest.approx(3 * (100 / found.times.tokens_per_second + few))
+
+
+def test_a_joint_training_tries_the_rates_of_trunk_and_experts(tiny_corpus: Path, config: BuildConfig) -> None:
+    joint = replace(config, train=replace(config.train, recipe="joint"), search=SearchConfig((0.5, 1, 2), tokens=100))
+    found = _measured(tiny_corpus, joint, [])
+    assert found.times is not None
+    assert found.times.rates == pytest.approx(3 * 2 * 100 / found.times.tokens_per_second)
 
 
 def test_rates_that_cannot_be_tried_take_no_time(tiny_corpus: Path, config: BuildConfig) -> None:
