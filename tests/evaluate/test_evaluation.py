@@ -279,6 +279,17 @@ def test_a_router_that_reads_the_suffix_is_found_out(bench: Bench, monkeypatch: 
     assert not leaks.check_leaks(bench.engine, reading_all, bench.tune, bench.cut)[0].passed
 
 
+def test_a_tune_document_that_stands_in_test_is_left_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, texts = engine.bank.documents(), engine.bank.texts
+    pairs = list(zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True))
+    ids = {split: [name for name, where in pairs if where == split] for split in ("tune", "test")}
+    twin, model = ids["tune"][0], ids["test"][0]
+    before, _ = leaks.duplicates_of_train(engine, 0.7)
+    monkeypatch.setattr(engine.bank, "texts", lambda names: texts([model if name == twin else name for name in names]))
+    after, note = leaks.duplicates_of_train(engine, 0.7)
+    assert after - before == {twin} and "1 of tune that stand in test" in note
+
+
 def test_a_document_in_two_splits_is_found_out(bench: Bench) -> None:
     assert not leaks.check_leaks(bench.engine, bench.trials, bench.trials, bench.cut)[1].passed
 
