@@ -81,7 +81,10 @@ class Source:
 
 
 class HeldOut:
-    """The same held-out documents for every point of a figure, with the loss of every token under any mix."""
+    """The same held-out documents for every point of a figure, with the loss of every token under any mix.
+
+    Raises UsageError for a bank of conversations.
+    """
 
     def __init__(self, source: Source, prefix: int) -> None:
         self.source = source
@@ -90,6 +93,12 @@ class HeldOut:
         length = min(source.config.length, context_length(self.engine.model))
         self._cut = Cut(prefix, prefix, length)
         trials = trials_of(self.engine, "test", self._cut, source.config.documents, source.without)
+        if any(trial.messages for trial in trials):
+            raise UsageError(
+                f"{source.name} holds conversations, whose questions route and whose answers are scored; figures cut "
+                f"texts after {prefix} tokens",
+                "evaluate it without --figure, or draw the figure of a bank of texts",
+            )
         self.trials: tuple[Trial, ...] = tuple(trials)
         self._queries: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -103,7 +112,7 @@ class HeldOut:
     @cached_property
     def tune_queries(self) -> torch.Tensor:
         """φ of the prefixes of the tune documents: [m, d] fp32."""
-        return self._embedded("tune", self.prefix, trials_of(self.engine, "tune", self._cut))
+        return self._embedded("tune", self.prefix, trials_of(self.engine, "tune", self._cut, without=self.source.without))
 
     @cached_property
     def clusters(self) -> list[int]:

@@ -15,6 +15,7 @@ from localmoe.evaluate.figures.token_losses import TokenLosses
 from localmoe.packing import Passage
 from localmoe.routing import Mix
 from localmoe.runtime.engine import base_mix
+from localmoe.train.documents import Message
 
 CLOSE = {"rel": 1e-4, "abs": 1e-4}  # fp32 logits of rows of other lengths
 
@@ -46,6 +47,13 @@ def test_an_ensemble_is_the_weighted_sum_of_probabilities(held: HeldOut) -> None
         ]
         expected.append(-sum(math.log(chance) for chance in chances))
     assert held.ensemble_nll(mixes, "test") == pytest.approx(expected, **CLOSE)
+
+
+def test_a_bank_of_conversations_is_refused(held: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = replace(held.trials[0], messages=(Message("user", "boat"), Message("assistant", "sail")))
+    monkeypatch.setattr(material_module, "trials_of", lambda *_, **__: [talk])
+    with pytest.raises(UsageError, match="holds conversations"):
+        HeldOut(held.source, held.prefix)
 
 
 def test_what_is_kept_is_not_computed_again(material: Material, held: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:
