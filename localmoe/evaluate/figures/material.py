@@ -112,7 +112,9 @@ class HeldOut:
     @cached_property
     def tune_queries(self) -> torch.Tensor:
         """φ of the prefixes of the tune documents: [m, d] fp32."""
-        return self._embedded("tune", self.prefix, trials_of(self.engine, "tune", self._cut, without=self.source.without))
+        return self._embedded(
+            "tune", self.prefix, trials_of(self.engine, "tune", self._cut, without=self.source.without)
+        )
 
     @cached_property
     def clusters(self) -> list[int]:
