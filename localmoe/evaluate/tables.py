@@ -151,9 +151,7 @@ def costs_table(results: Results) -> Table:
             continue
         spreads = [method.seconds.get(stage) for stage in stages]
         cells = [
-            Cell("")
-            if spread is None
-            else Cell(f"{duration_text(spread.p50)} ({duration_text(spread.p95)})", spread.p50)
+            Cell("") if spread is None else Cell(f"{_stage_text(spread.p50)} ({_stage_text(spread.p95)})", spread.p50)
             for spread in spreads
         ]
         tokens = None if token is None else method.seconds["added"].p50 / token.p50
@@ -163,6 +161,11 @@ def costs_table(results: Results) -> Table:
     overhead = Column("added, in tokens", True, "as many tokens after the first take as long as what is added")
     notes = () if size is None else (f"An expert takes {size / 2**20:,.1f} MiB on disk.",)
     return Table("Costs of a prompt", (Column("method"), *columns, overhead), tuple(rows), notes)
+
+
+def _stage_text(seconds: float) -> str:
+    """A duration of which parts of a millisecond count."""
+    return duration_text(seconds) if seconds >= 0.01 else f"{seconds * 1000:.2g} ms"
 
 
 def method_cell(method: MethodResult) -> Cell:

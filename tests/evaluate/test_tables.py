@@ -68,6 +68,10 @@ def test_costs_are_told_stage_by_stage_and_in_tokens(results: Results) -> None:
         f"{name} (default)" if name == "merged" else name for name in made_results.GAINS if name in made_results.ADDED
     ]
     assert _column(table, "added")["merged (default)"].text.startswith("31 ms (")
+    assert _column(table, "per token")["merged (default)"].text == "20 ms (30 ms)"
+    quick = replace(ours, seconds=stages | {"merge": Spread(0.00042, 0.0061)})
+    few = costs_table(replace(results, methods=(quick,)))
+    assert _column(few, "merge")["merged (default)"].text == "0.42 ms (6.1 ms)"
     assert _column(table, "added, in tokens")["merged (default)"].value == pytest.approx(0.031 / 0.02)
     assert table.notes == ("An expert takes 3.0 MiB on disk.",)
 
