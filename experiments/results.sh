@@ -64,7 +64,7 @@ for part in $parts; do
     wikipedia)
         measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 400000 --clusters 24 --min-tokens 6000 \
             --learning-rate 1e-3 --set train.expert_rate=0.25 --set corpus.tune_fraction=0.03 --set corpus.test_fraction=0.1 --set threads=1 -- --documents 300 \
-            --set fine_tune.tune_tokens=40000 --methods base,trunk,merged,fine-tuned,null,merged-1,ensemble ;;
+            --set fine_tune.tune_tokens=40000 --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done
