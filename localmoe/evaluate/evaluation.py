@@ -153,8 +153,8 @@ def _kept(bench: Bench, name: str, run: Any) -> Scores:
 
 def _seconds(bench: Bench, now: float) -> float:
     """Wall time of all methods, those of earlier runs too."""
-    files = {file.stem: file for file in bench.work.path.glob("scores-*.json")}
-    walls = {name: float(json.loads(file.read_text(encoding="utf-8"))["wall"]) for name, file in files.items()}
+    files = bench.work.path.glob("scores-*.json")
+    walls = {file.stem: float(json.loads(file.read_text(encoding="utf-8"))["wall"]) for file in files}
     name = "scores-fine-tuned"
     if name in walls:  # its training may be older than what was scored of it
         walls[name] = max(walls[name], baselines.training_seconds(bench))

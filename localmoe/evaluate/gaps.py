@@ -93,7 +93,7 @@ def control_sentence(results: Results) -> str | None:
     ours, theirs = (dict(zip(one.documents, one.nll, strict=True)) for one in (default, null))
     both = sorted(ours.keys() & theirs.keys())
     tokens = [results.tokens[place] for place in both]
-    found = compare([theirs[place] for place in both], [ours[place] for place in both], tokens)
+    found = compare([theirs[place] for place in both], [ours[place] for place in both], tokens, results.seed)
     interval = interval_text(found.gain, found.low, found.high)
     if found.high < 0:
         return f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"

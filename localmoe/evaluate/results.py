@@ -105,6 +105,11 @@ class Results:
     seconds: float
     """Wall time of the whole evaluation, all its runs together."""
 
+    @property
+    def seed(self) -> int:
+        """Of the bootstrap: the evaluation's own, so that its intervals are the same everywhere."""
+        return int(self.config.get("eval", {}).get("seed", 0))
+
     def method(self, name: str) -> MethodResult | None:
         """The result of one method, if it is among them."""
         return next((method for method in self.methods if method.name == name), None)

@@ -213,7 +213,7 @@ def _subset_table(results: Results, part: Sequence[int]) -> Table:
     def gain(method: str, baseline: str) -> Cell:
         if method == baseline:
             return Cell("")
-        found = compare(known[method], known[baseline], tokens, _seed(results))
+        found = compare(known[method], known[baseline], tokens, results.seed)
         return gain_cell(found.gain, found.low, found.high)
 
     rows = []
@@ -224,11 +224,6 @@ def _subset_table(results: Results, part: Sequence[int]) -> Table:
             rows.append((method_cell(method), Cell(f"{value:.3f}", value), *gains))
     columns = (Column("method"), Column("perplexity", True), *(Column(f"gain over {name}", True) for name in baselines))
     return Table(f"The same {len(part):,} documents for all", columns, tuple(rows))
-
-
-def _seed(results: Results) -> int:
-    """Of the bootstrap: the evaluation's own, so that its intervals are the same everywhere."""
-    return int(results.config.get("eval", {}).get("seed", 0))
 
 
 def nll_on(results: Results, name: str, places: Iterable[int]) -> list[float] | None:
@@ -259,7 +254,7 @@ def experts_table(results: Results) -> Table | None:
         if ours is None or theirs is None:
             continue
         tokens = [results.tokens[place] for place in places]
-        found = compare(ours, theirs, tokens, _seed(results))
+        found = compare(ours, theirs, tokens, results.seed)
         cells.append(
             (
                 Cell(expert),
