@@ -28,6 +28,8 @@ from localmoe.evaluate.verdicts import verdict
 from localmoe.identity import fingerprint
 from localmoe.models import context_length
 from localmoe.runtime.engine import Engine
+from localmoe.train.clusters import explained
+from localmoe.train.training import adapter_bytes
 from localmoe.train.work import Work
 
 DEFAULT = "merged"
@@ -161,6 +163,18 @@ def _seconds(bench: Bench, now: float) -> float:
     return max(now, sum(walls.values()))
 
 
+def _regime(bench: Bench) -> dict[str, float]:
+    """How full one adapter gets and how unlike documents are (docs/choosing.md); what is not known is left out."""
+    bank, found = bench.engine.bank, {}
+    tokens = bank.manifest.corpus.get("split_tokens", {}).get("train")
+    if tokens is not None:
+        parameters = adapter_bytes(bench.engine.model, bench.build_config.train.rank) / 2
+        found["tokens_per_parameter"] = tokens / parameters
+    if "clusters" in bank.manifest.files:
+        found["explained"] = explained(bank.clusters()["access_sets"])
+    return found
+
+
 def _empty(bench: Bench, experts: tuple[str | None, ...], checks: tuple[Check, ...], command: str) -> Results:
     manifest, config = bench.engine.bank.manifest, bench.config
     return Results(
@@ -174,6 +188,7 @@ def _empty(bench: Bench, experts: tuple[str | None, ...], checks: tuple[Check, .
             "tune_documents": len(bench.tune),
             "bank_training_tokens": bench.bank_tokens,
         }
+        | _regime(bench)
         | {name: value for name, value in manifest.corpus.items() if name.startswith("split_")},
         config={
             "eval": as_dict(config),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from localmoe.train.clustering import advised_clusters, bisect
 from localmoe.train.work import Work
 
 Access = tuple[str, ...]
+
+FIRST = 16
+"""Clusters by which corpora are compared; how much any clusters explain grows with their number."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,17 @@ def cluster(
         tuple(sets),
         trees,
     )
+
+
+def explained(trees: Sequence[Mapping[str, Any]]) -> float:
+    """1 − I₁₆ / I₁ of the elbow curves, summed over access sets: the variance that `FIRST` clusters at most explain.
+
+    How unlike documents are to each other: 0 where all are alike.
+    """
+    curves = [tree["curve"] for tree in trees]
+    whole = sum(curve[0][1] for curve in curves)
+    within = sum(curve[:FIRST][-1][1] for curve in curves)
+    return 1 - within / whole if whole > 0 else 0.0
 
 
 def save(work: Work, clusters: Clusters) -> None:

@@ -85,7 +85,7 @@ class Plan:
     tokens_per_parameter: float
     """Train tokens for every number that one adapter can change: how full one adapter gets."""
     explained: float
-    """Share of the embeddings' variance that lies between clusters: how unlike they are."""
+    """Share of the embeddings' variance that lies between 16 clusters: how unlike documents are."""
     times: Times | None
     """None where the timing was skipped."""
 
@@ -94,6 +94,8 @@ SCARCE, AMPLE = 2.0, 10.0
 """Tokens for every parameter of an adapter below which text, above which room was seen to be scarce (choosing.md)."""
 
 
+UNLIKE = 0.2
+"""Variance between 16 clusters above which scarce text, too, was seen to pay (results/: 0.25 and 0.31; below 0.12)."""
 FEW = 500
 """Train documents below which jointly trained experts were not seen to beat one adapter (choosing.md)."""
 
@@ -101,7 +103,7 @@ FEW = 500
 def advice(plan: Plan) -> str:
     """On which side of the border a corpus lies, where one adapter for all would do as well (docs/choosing.md)."""
     measure = f"{plan.tokens_per_parameter:.2g} train tokens for every parameter of an adapter"
-    unlike = f"clusters hold {plan.explained:.0%} of the variance between documents"
+    unlike = f"16 clusters hold {plan.explained:.0%} of the variance between documents"
     if plan.recipe == "joint":
         count = plan.documents.get("train", 0)
         if count < FEW:
@@ -111,9 +113,11 @@ def advice(plan: Plan) -> str:
                 f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and fast ones more: "
                 f"--try-rate 0.5 --try-rate 1 --try-rate 2 finds their rate; {unlike}"
             )
+        if plan.explained >= UNLIKE:
+            return f"{unlike}: so unlike, experts were seen to pay though text is scarce; measure it: localmoe eval"
         return (
-            "likely where parts of the corpus are written differently, hardly on one kind of text that the base knows "
-            f"well; measure it: localmoe eval; {unlike}"
+            f"{unlike}: so alike, experts were not seen to beat one adapter for all, nor to lose to it, while text is "
+            "scarce; measure it: localmoe eval"
         )
     if plan.tokens_per_parameter >= AMPLE:
         return f"{measure}: one adapter cannot hold all of it, so experts are likely to pay; {unlike}"
@@ -174,7 +178,7 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
         work_bytes=texts + passages + 2 * count * 4 * encoder.dim + 2 * training_bytes,
         training_bytes=training_bytes,
         tokens_per_parameter=tokens["train"] / (adapter_bytes(model, config.train.rank) / 2),
-        explained=_explained(found),
+        explained=clustering.explained(found.trees),
         times=times,
     )
 
@@ -210,13 +214,6 @@ def _cluster(vectors: np.ndarray, chosen: np.ndarray, rows: Rows, config: BuildC
     access = [rows.access[row] for row in chosen]
     everything = np.ones(len(chosen), dtype=bool)
     return clustering.cluster(vectors, _shares(chosen, rows), everything, access, config.cluster, config.seed)
-
-
-def _explained(found: Clusters) -> float:
-    """1 − (inertia of the clusters) / (inertia of each access set as one)."""
-    first = sum(tree["curve"][0][1] for tree in found.trees)
-    last = sum(tree["curve"][-1][1] for tree in found.trees)
-    return 1 - last / first if first > 0 else 0.0
 
 
 def _sizes(found: Clusters, chosen: np.ndarray, rows: Rows) -> tuple[int, ...]:

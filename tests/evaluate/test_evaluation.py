@@ -26,6 +26,7 @@ from localmoe.evaluate.protocol import Cut, trials_of
 from localmoe.evaluate.results import Results, read_results
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.ttt import train_and_score
+from localmoe.models import target_linears
 from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
 from localmoe.train.course import DivergedError
@@ -78,6 +79,14 @@ def test_every_method_is_scored_on_the_same_documents_and_tokens(results: Result
 
 def test_what_is_written_is_read_again(results: Results, folder: Path) -> None:
     assert read_results(folder) == results
+
+
+def test_results_tell_how_full_an_adapter_gets_and_how_unlike_documents_are(results: Results, engine: Engine) -> None:
+    linears = target_linears(engine.model).values()
+    rank = engine.bank.manifest.settings().train.rank
+    parameters = sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+    assert results.corpus["tokens_per_parameter"] == results.corpus["split_tokens"]["train"] / parameters
+    assert 0.3 < results.corpus["explained"] < 1  # four topics without a common word
 
 
 def test_every_comparison_is_the_paired_bootstrap_of_its_two_methods(results: Results) -> None:

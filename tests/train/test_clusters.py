@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from localmoe.config import ClusterConfig
-from localmoe.train.clusters import Clusters, cluster, load, nearest, save
+from localmoe.train.clusters import FIRST, Clusters, cluster, explained, load, nearest, save
 from localmoe.train.work import Work
 
 CONFIG = ClusterConfig(clusters=6, min_tokens=0)
@@ -53,6 +53,25 @@ def test_one_access_set_alone_and_its_clusters_do_not_depend_on_the_others() -> 
     alone = cluster(embeddings, tokens, np.ones(40, bool), [("hr",)] * 40, CONFIG, 0)
     assert set(alone.access) == {("hr",)} and len(alone.access) == 6
     assert [tree["first"] for tree in alone.trees] == [0]
+
+
+def test_what_clusters_explain_is_the_variance_that_is_not_left_within_them() -> None:
+    found, embeddings, _ = _found()
+    within = whole = 0.0
+    for names in set(found.access):
+        numbers = [k for k, access in enumerate(found.access) if access == names]
+        rows = embeddings[[row for k in numbers for row in found.rows(k)]].astype(np.float64)
+        whole += float(((rows - rows.mean(axis=0)) ** 2).sum())
+        for k in numbers:
+            own = embeddings[found.rows(k)].astype(np.float64)
+            within += float(((own - own.mean(axis=0)) ** 2).sum())
+    np.testing.assert_allclose(explained(found.trees), 1 - within / whole, rtol=1e-4)
+
+
+def test_more_clusters_than_the_first_ones_do_not_explain_more() -> None:
+    curve = [[k, 100.0 - k, 1.0] for k in range(1, 2 * FIRST)]
+    assert explained([{"curve": curve}]) == explained([{"curve": curve[:FIRST]}]) == 1 - (100 - FIRST) / 99
+    assert explained([{"curve": [[1, 0.0, 0.0]]}]) == 0.0  # one document
 
 
 def test_saved_clusters_are_loaded_as_they_were(tmp_path: Path) -> None:

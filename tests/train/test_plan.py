@@ -11,7 +11,7 @@ from localmoe.config import BuildConfig, ClusterConfig, SearchConfig, TrainConfi
 from localmoe.errors import CorpusError
 from localmoe.models import load_model
 from localmoe.train import plan as planning
-from localmoe.train.plan import AMPLE, FEW, SCARCE, Plan, advice, plan
+from localmoe.train.plan import AMPLE, FEW, SCARCE, UNLIKE, Plan, advice, plan
 from localmoe.train.progress import Event
 from localmoe.train.rates import EXPERTS
 
@@ -142,15 +142,20 @@ def test_the_advice_turns_where_an_adapter_is_full(tiny_corpus: Path, config: Bu
 
 
 @pytest.mark.parametrize(
-    ("documents", "ratio", "word"),
-    [(FEW - 1, SCARCE, "so few"), (FEW, SCARCE / 2, "written differently"), (FEW, SCARCE, "and fast ones more")],
+    ("documents", "ratio", "explained", "word"),
+    [
+        (FEW - 1, SCARCE, UNLIKE, "so few"),
+        (FEW, SCARCE, 0.0, "and fast ones more"),
+        (FEW, SCARCE / 2, UNLIKE, "so unlike"),
+        (FEW, SCARCE / 2, UNLIKE / 2, "so alike"),
+    ],
 )
-def test_the_advice_for_a_joint_training_goes_by_documents_and_by_how_full_an_adapter_is(
-    documents: int, ratio: float, word: str, tiny_corpus: Path, config: BuildConfig
+def test_the_advice_for_a_joint_training_says_on_which_side_of_the_border_a_corpus_lies(
+    documents: int, ratio: float, explained: float, word: str, tiny_corpus: Path, config: BuildConfig
 ) -> None:
     found = plan(tiny_corpus, replace(config, train=replace(config.train, recipe="joint")), probe=False)
-    assert word in advice(replace(found, documents={"train": documents}, tokens_per_parameter=ratio))
-    assert "of the variance" in advice(found)
+    told = advice(replace(found, documents={"train": documents}, tokens_per_parameter=ratio, explained=explained))
+    assert word in told and f"{explained:.0%} of the variance" in told
 
 
 def test_rates_to_try_take_time_too(tiny_corpus: Path, config: BuildConfig) -> None:
