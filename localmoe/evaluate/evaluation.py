@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, meth
 from localmoe.evaluate.gaps import closed_gaps
 from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
-from localmoe.evaluate.results import FORMAT, Check, ComparisonRow, MethodResult, Results, Spread, write_results
+from localmoe.evaluate.results import (
+    FORMAT,
+    Check,
+    ComparisonRow,
+    MethodResult,
+    Results,
+    Spread,
+    in_common,
+    write_results,
+)
 from localmoe.evaluate.statistics import compare, perplexity
 from localmoe.evaluate.verdicts import verdict
 from localmoe.identity import fingerprint
@@ -254,22 +263,6 @@ def _result(name: str, title: str | None, scores: Scores, bench: Bench, results:
     )
 
 
-@dataclass(frozen=True)
-class _Paired:
-    """Two methods on the documents that both were scored on."""
-
-    ours: list[float]
-    theirs: list[float]
-    tokens: list[int]
-
-
-def _paired(method: MethodResult, baseline: MethodResult, tokens: Sequence[int]) -> _Paired:
-    own = dict(zip(method.documents, method.nll, strict=True))
-    other = dict(zip(baseline.documents, baseline.nll, strict=True))
-    both = sorted(own.keys() & other.keys())
-    return _Paired([own[p] for p in both], [other[p] for p in both], [tokens[p] for p in both])
-
-
 def _comparisons(results: Results, seed: int) -> tuple[ComparisonRow, ...]:
     rows = []
     for name in BASELINES:
@@ -279,10 +272,10 @@ def _comparisons(results: Results, seed: int) -> tuple[ComparisonRow, ...]:
         for method in results.methods:
             if method.name == name:
                 continue
-            pair = _paired(method, baseline, results.tokens)
-            if not pair.tokens:
+            places, (ours, theirs) = in_common([method, baseline])
+            if not places:
                 continue
-            found = compare(pair.ours, pair.theirs, pair.tokens, seed)
+            found = compare(ours, theirs, [results.tokens[place] for place in places], seed)
             interval = (found.low, found.high)
             row = ComparisonRow(method.name, name, method.default, found.gain, interval, found.documents, "")
             rows.append(replace(row, verdict=verdict(row, results)))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from localmoe.evaluate.results import Results
-from localmoe.evaluate.statistics import compare, gap_share
-from localmoe.evaluate.verdicts import noun
-from localmoe.quantities import interval_text, percent
+from localmoe.evaluate.results import Results, in_common
+from localmoe.evaluate.statistics import gap_share
+from localmoe.evaluate.verdicts import control_sentence, noun
+from localmoe.quantities import percent
 
-CONTROL = "null"
-"""The method whose centroids are shuffled."""
 NEAR, FAR = "trunk", "ttt-trunk"
 GAPS = {"gap": (NEAR, FAR), "gap_from_fine_tuned": ("fine-tuned", "ttt-fine-tuned")}
 """Key in the shipped default's `detail` → where the way begins and ends."""
@@ -22,12 +20,11 @@ def closed_gap(results: Results, method: str, near: str, far: str) -> dict[str, 
     {"share", "interval", "documents"}, or {"share": None, "found": why} where there is no gap or no such method.
     """
     three = {name: results.method(name) for name in (method, near, far)}
-    missing = [name for name, one in three.items() if one is None]
-    if missing:
+    scored = [one for one in three.values() if one is not None]
+    if len(scored) < len(three):
+        missing = [name for name, one in three.items() if one is None]
         return {"share": None, "found": f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not scored"}
-    scored = [dict(zip(one.documents, one.nll, strict=True)) for one in three.values() if one is not None]
-    both = sorted(scored[0].keys() & scored[1].keys() & scored[2].keys())
-    ours, start, goal = ([nll[place] for place in both] for nll in scored)
+    both, (ours, start, goal) = in_common(scored)
     found = gap_share(ours, start, goal)
     if found is None:
         return {"share": None, "found": f"{far} is not shown to be better than {near} on these {len(both)} documents"}
@@ -83,21 +80,3 @@ def closing_sentences(results: Results) -> list[str]:
     """What stands below the table of an evaluation: the control, the gaps that are closed, and what is out of reach."""
     others = [control_sentence(results), out_of_reach(results)]
     return gap_sentences(results) + [sentence for sentence in others if sentence is not None]
-
-
-def control_sentence(results: Results) -> str | None:
-    """Whether shuffled centroids lose to the shipped default, as they must if routing matters; None if not scored."""
-    null, default = results.method(CONTROL), next((method for method in results.methods if method.default), None)
-    if null is None or default is None:
-        return None
-    ours, theirs = (dict(zip(one.documents, one.nll, strict=True)) for one in (default, null))
-    both = sorted(ours.keys() & theirs.keys())
-    tokens = [results.tokens[place] for place in both]
-    found = compare([theirs[place] for place in both], [ours[place] for place in both], tokens, results.seed)
-    interval = interval_text(found.gain, found.low, found.high)
-    if found.high < 0:
-        return f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"
-    return (
-        f"the control does not lose: shuffled centroids are {interval} against {noun(default)}, so that here it is not "
-        "shown to matter which experts a prompt gets"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ class Results:
     def method(self, name: str) -> MethodResult | None:
         """The result of one method, if it is among them."""
         return next((method for method in self.methods if method.name == name), None)
+
+
+def in_common(methods: Sequence[MethodResult]) -> tuple[list[int], list[list[float]]]:
+    """The places of the documents that all these methods were scored on, and the summed nll of each method there."""
+    scored = [dict(zip(method.documents, method.nll, strict=True)) for method in methods]
+    places = sorted(set.intersection(*(set(nll) for nll in scored)))
+    return places, [[nll[place] for place in places] for nll in scored]
 
 
 def write_results(folder: Path, results: Results) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from localmoe.evaluate.results import ComparisonRow, MethodResult, Results
-from localmoe.evaluate.statistics import outcome
-from localmoe.quantities import duration_text, percent, percent_digits
+from localmoe.evaluate.results import ComparisonRow, MethodResult, Results, in_common
+from localmoe.evaluate.statistics import compare, outcome
+from localmoe.quantities import duration_text, interval_text, percent, percent_digits
+
+CONTROL = "null"
+"""The method whose centroids are shuffled."""
 
 _NOUNS = {
     "base": "the base model",
@@ -69,6 +72,22 @@ def verdict(row: ComparisonRow, results: Results) -> str:
         *row.interval,
         row.documents,
         added,
+    )
+
+
+def control_sentence(results: Results) -> str | None:
+    """Whether shuffled centroids lose to the shipped default, as they must if routing matters; None if not scored."""
+    null, default = results.method(CONTROL), next((method for method in results.methods if method.default), None)
+    if null is None or default is None:
+        return None
+    places, (shuffled, ours) = in_common([null, default])
+    found = compare(shuffled, ours, [results.tokens[place] for place in places], results.seed)
+    interval = interval_text(found.gain, found.low, found.high)
+    if found.high < 0:
+        return f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"
+    return (
+        f"the control does not lose: shuffled centroids are {interval} against {noun(default)}, so that here it is not "
+        "shown to matter which experts a prompt gets"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from localmoe.evaluate.results import Results
 from localmoe.evaluate.statistics import compare
-from localmoe.evaluate.verdicts import in_words, noun, smallest_effect, verdict
+from localmoe.evaluate.verdicts import control_sentence, in_words, noun, smallest_effect, verdict
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +60,13 @@ def test_an_unknown_method_is_called_by_its_title(results: Results) -> None:
     merged = results.method("merged")
     assert merged is not None
     assert noun(replace(merged, name="mine", title="My own way")) == "My own way"
+
+
+@pytest.mark.parametrize(("worse", "begins"), [(0.5, "the control loses as it must: "), (0.0, "the control does not ")])
+def test_the_control_is_said_to_lose_only_if_it_does(worse: float, begins: str, results: Results) -> None:
+    merged = results.method("merged")
+    assert merged is not None
+    null = replace(merged, name="null", default=False, nll=tuple(nll + worse for nll in merged.nll))
+    said = control_sentence(replace(results, methods=(merged, null)))
+    assert said is not None and said.startswith(begins)
+    assert control_sentence(replace(results, methods=(merged,))) is None

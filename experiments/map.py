@@ -1,0 +1,97 @@
+"""Where experts pay: evaluations of recipe `joint`, by how unlike documents are and how full one adapter is.
+
+    python experiments/map.py results/*/results.json -o docs/where-experts-pay.svg
+
+A table goes to standard output. Colour and sign say what merging gains over the fine-tune of equal tokens; grey: no
+difference shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from localmoe.evaluate.results import Results, read_results
+from localmoe.train.plan import SCARCE, UNLIKE
+
+COLOURS = {1: "#1b7f5c", 0: "#8a8f98", -1: "#c0392b"}
+
+
+class Point(NamedTuple):
+    """One evaluation; gain and interval are relative, over `fine-tuned`."""
+
+    name: str
+    tokens_per_parameter: float
+    explained: float
+    gain: float
+    low: float
+    high: float
+    experts: int
+    tokens: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval is clear of zero."""
+        return (self.low > 0) - (self.high < 0)
+
+
+def point(name: str, results: Results) -> Point | None:
+    """Where an evaluation lies; None for another recipe, or without a fine-tune."""
+    rows = [row for row in results.comparisons if row.default and row.baseline == "fine-tuned"]
+    if not rows or results.config["build"]["train"]["recipe"] != "joint":
+        return None
+    corpus, row = results.corpus, rows[0]
+    place = (corpus["tokens_per_parameter"], corpus["explained"])
+    return Point(name, *place, row.gain, *row.interval, results.config["experts"], corpus["bank_training_tokens"])
+
+
+def draw(points: list[Point], target: Path) -> None:
+    """The map, as SVG or PNG."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "map"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhspan(0, UNLIKE, xmax=1, color="#f4f4f2", zorder=0)
+    axes.axvline(SCARCE, color="#8a8f98", lw=0.8, ls=":")
+    axes.axhline(UNLIKE, color="#8a8f98", lw=0.8, ls=":")
+    for one in points:
+        axes.scatter(one.tokens_per_parameter, one.explained, s=70, color=COLOURS[one.sign], zorder=3)
+        axes.annotate(
+            f"{one.name}\n{100 * one.gain:+.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}]",
+            (one.tokens_per_parameter, one.explained),
+            xytext=(7, 0),
+            textcoords="offset points",
+            fontsize=7.5,
+            va="center",
+            color=COLOURS[one.sign],
+        )
+    axes.set(xscale="log", ylim=(0, None), xlabel="train tokens for every parameter of an adapter: how full it gets")
+    axes.set(ylabel="variance between 16 clusters: how unlike documents are", xlim=(0.02, 200))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of `localmoe eval`, or their folders")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="SVG or PNG")
+    arguments = parser.parse_args()
+    found = [(path.parent if path.is_file() else path).name for path in arguments.results]
+    points = [point(name, read_results(path)) for name, path in zip(found, arguments.results, strict=True)]
+    kept = sorted((one for one in points if one is not None), key=lambda one: -one.gain)
+    print("| evaluation | experts | tokens | tokens a parameter | unlike | gain over the fine-tune |")
+    print("|---|---|---|---|---|---|")
+    for one in kept:
+        gain = f"{100 * one.gain:+.2f} % [{100 * one.low:.2f}, {100 * one.high:.2f}]"
+        place = f"{one.tokens_per_parameter:.2g} | {one.explained:.2f}"
+        print(f"| {one.name} | {one.experts} | {one.tokens:,} | {place} | {gain} |")
+    draw(kept, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
