@@ -31,7 +31,7 @@ small=(--base "$work/laboratory/model" --encoder static --rank 8 --set train.alp
 methods=base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform,ttt-trunk,ensemble,ttt-fine-tuned
 tuned=(--documents 300 --set fine_tune.tune_tokens=100000 --set 'fine_tune.ranks=[16]' --methods $methods
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
-compared=(--documents 300 --set fine_tune.tune_tokens=150000 --set 'fine_tune.ranks=[16]' --set 'fine_tune.batches=[1]'
+compared=(--documents 300 --set fine_tune.tune_tokens=100000 --set 'fine_tune.ranks=[16]' --set 'fine_tune.batches=[]'
     --methods base,trunk,merged,fine-tuned,uniform,null)
 [ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
 
@@ -51,7 +51,7 @@ for part in $parts; do
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --min-tokens 4000 \
             --set corpus.test_fraction=0.15 --learning-rate 6e-3 --set train.batch=4 -- "${tuned[@]}" --set fine_tune.tune_tokens=300000 \
-            --set 'fine_tune.batches=[1]' ;;
+            --set 'fine_tune.batches=[]' ;;
     mixed-smollm2)
         mixed_corpus
         measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
@@ -77,7 +77,7 @@ for part in $parts; do
     figures) # every method, and the paper's figures and tables, of one bank of a million tokens, beside banks of other K and encoders
         some=("${small[@]}" --sample-tokens 1000000 --min-tokens 4000 --set corpus.test_fraction=0.15 --learning-rate 6e-3 --set train.batch=4)
         measure wikipedia-laboratory-1m "$work/laboratory/corpus.jsonl" 50 256 "${some[@]}" --clusters 32 -- "${tuned[@]}" \
-            --set fine_tune.tune_tokens=300000 --set 'fine_tune.batches=[1]' --set ttt.rate=5e-4 --set 'fine_tune.full_rates=[1e-4,3e-4,1e-3]' \
+            --set fine_tune.tune_tokens=300000 --set 'fine_tune.batches=[]' --set ttt.rate=5e-4 --set 'fine_tune.full_rates=[1e-4,3e-4,1e-3]' \
             --methods $methods,merged-10,ensemble-3,ensemble-10,nearest,sift,members,entropy,context,ttt,fine-tuned-full
         beside=()
         for other in "8 static" "16 static" "32 all-MiniLM-L6-v2" "32 $mpnet"; do

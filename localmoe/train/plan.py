@@ -19,7 +19,7 @@ from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
 from localmoe.train.checks import AT_MOST, ENOUGH, document_nll
 from localmoe.train.clustering import advised_clusters
-from localmoe.train.clusters import Clusters
+from localmoe.train.clusters import FIRST, Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.groundwork import check_settings, expert_batch, expert_epochs, trunk_epochs
@@ -103,7 +103,7 @@ FEW = 500
 def advice(plan: Plan) -> str:
     """On which side of the border a corpus lies, where one adapter for all would do as well (docs/choosing.md)."""
     measure = f"{plan.tokens_per_parameter:.2g} train tokens for every parameter of an adapter"
-    unlike = f"16 clusters hold {plan.explained:.0%} of the variance between documents"
+    unlike = f"{FIRST} clusters at most hold {plan.explained:.0%} of the variance between documents"
     if plan.recipe == "joint":
         count = plan.documents.get("train", 0)
         if count < FEW:
