@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,11 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] → [..., d_out]."""
-        rows = x.reshape(-1, x.shape[-1])
         weight = weight_of(self.base)
+        if not weight.is_floating_point():  # packed: only the module itself can multiply with it
+            narrow = (x @ self.A.to(x.dtype).t()) @ (self.B * self.c).to(x.dtype).t()
+            return cast(Tensor, self.base(x)) + narrow
+        rows = x.reshape(-1, x.shape[-1])
         bias = getattr(self.base, "bias", None)
         y: Tensor = _Apply.apply(rows, weight, bias, self.A, self.B, self.c)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -97,8 +100,13 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def dequantised(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor; of a kind that is none already a copy."""
-    return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
+    """A weight [d_out, d_in] as an ordinary tensor; of a kind that is none already a copy."""
+    if type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize()
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight
+    unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)  # packed: its products alone are known
+    return F.linear(unit, weight).t()
 
 
 class _Apply(torch.autograd.Function):
