@@ -104,13 +104,13 @@ def keep_packing(model: nn.Module) -> None:
         state = getattr(module._parameters.get("weight"), "quant_state", None)
         if state is None:
             continue
-        if module.weight.device.type == "cpu" and module.in_features % state.blocksize:  # type: ignore[operator, union-attr]
+        if module.weight.device.type == "cpu" and module.in_features % state.blocksize:
             raise UsageError(
                 f"bitsandbytes reads 4-bit weights wrongly on a processor where rows are no multiple of "
                 f"{state.blocksize}: {name} has {module.in_features}",
                 "give the base unquantised, with --quantised int4, or use a GPU",
             )
-        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

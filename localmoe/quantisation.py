@@ -25,8 +25,8 @@ def quantise(model: Any, kind: str) -> None:
     """Rounds the target linears of a base to `kind`, in place; head, embeddings and norms stay as they are.
 
     A linear whose shape 4 bits do not suit goes to 8 bits with `int4`, and stays as it is with `nf4`. Experts then run
-    beside the weights, for nothing can be merged into them. Raises UsageError for another kind, for linears that are no nn.Linear or are
-    quantised already, for `int4` on a GPU, and where the package is missing.
+    beside the weights, for nothing can be merged into them. Raises UsageError for another kind, for linears that are
+    no nn.Linear or are quantised already, for `int4` on a GPU, and where the package is missing.
     """
     if kind not in KINDS:
         raise UsageError(f"a base cannot be quantised to {kind!r}", f"choose {' or '.join(KINDS)}")

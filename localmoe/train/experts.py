@@ -80,7 +80,7 @@ def _check_weights(model: Any, base: str) -> None:
     for name, module in target_linears(model).items():
         if not weight_of(module).is_floating_point():
             raise UsageError(
-                f"experts are not trained beside {base!r}: {name} is a {type(module).__name__}, quantised in its folder",
+                f"experts are not trained beside the quantised {base!r}: {name} is a {type(module).__name__}",
                 "build the bank on the same base unquantised, then answer with --base THIS_ONE --base-variant",
             )
 
