@@ -61,7 +61,8 @@ def load_model(
     """A causal language model, frozen, in eval mode.
 
     name: a folder, a hub id, or a packaged model. `device_map="auto"` spreads it over the devices there are (needs
-    the `devices` extra). Raises UnknownNameError if there is no such model, TemporaryError if the hub is out of reach.
+    the `devices` extra). Raises UnknownNameError if there is no such model, TemporaryError if the hub is out of reach,
+    UsageError for one that was quantised by a library that is missing, or beside whose linears no expert can run.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -297,13 +298,7 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
             "choose another one; if it is newer than your transformers: pip install --upgrade transformers",
         ) from error
     except ImportError as error:  # the library that quantised it, or what its own code needs
-        known = [extra for package, extra in _EXTRAS.items() if package in str(error).lower()]
-        raise UsageError(
-            f"the {kind} {name!r} needs a package that is missing: {str(error).strip().splitlines()[0]}",
-            f"pip install 'localmoe[{known[0]}]'"
-            if known
-            else "install it, or give the same base unquantised with --quantised int8, int4 or nf4",
-        ) from error
+        raise _needs_package(kind, name, str(error)) from error
     except OSError as error:
         local = Path(name).is_dir()
         if local or "not a valid model identifier" in str(error) or "does not appear to have a file" in str(error):
@@ -318,6 +313,17 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
             if package
             else "give a folder instead, or try again when there is a network",
         ) from error
+
+
+def _needs_package(kind: str, name: str, why: str) -> UsageError:
+    known = [extra for package, extra in _EXTRAS.items() if package in why.lower()]
+    other = f"install it, or choose another {kind}"
+    if "quantized" in why or "quantization" in why:
+        other = "install it, or give the same one unquantised, with --quantised int8, int4 or nf4"
+    return UsageError(
+        f"the {kind} {name!r} needs a package that is missing: {why.strip().splitlines()[0]}",
+        f"pip install 'localmoe[{known[0]}]'" if known else other,
+    )
 
 
 @contextmanager

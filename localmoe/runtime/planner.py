@@ -161,7 +161,7 @@ def remember_calibration(key: str, calibration: Calibration) -> None:
 
 
 def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device, kinds: tuple[str, ...]) -> str:
-    """What decides the times: processor or GPU, cores, threads, torch, kernels, dtype, architecture, form of weights."""
+    """What decides the times: processor or GPU, cores, threads, torch, kernels, dtype, architecture, forms."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = (
