@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from torch import Tensor, nn
 
 from localmoe.errors import UsageError
-from localmoe.lora import dequantised
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,16 @@ def fingerprint(model: Any) -> Fingerprint:
                 f"{name} is offloaded: the base does not fit the devices, and experts cannot be applied to it there",
                 "take a smaller base or more devices, or leave out --device-map to run it on one of them",
             )
-        flat = dequantised(parameter.detach()).reshape(-1)
-        # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
-        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()
-        weights.update(name.encode() + sample.numpy().tobytes())
+        weights.update(name.encode())
+        for part in _parts(parameter.detach()):
+            flat = part.reshape(-1)
+            # rounded as bf16 would be, so that a base is the same whichever dtype this machine computes in
+            weights.update(flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu().numpy().tobytes())
     return Fingerprint(architecture(model), weights.hexdigest())
 
 
 def architecture(model: Any) -> str:
-    """Hash of configuration and shapes, whatever the weights are."""
+    """Hash of configuration and shapes, whatever the weights are and however they are stored."""
     config = model.config.to_dict()
     for key in (
         "_name_or_path",
@@ -59,10 +60,21 @@ def architecture(model: Any) -> str:
         "torch_dtype",
         "use_cache",
         "architectures",
+        "quantization_config",
     ):
         config.pop(key, None)
     shapes = {name: list(parameter.shape) for name, parameter in sorted(model.named_parameters())}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" in shapes:  # a packed weight has another shape
+            shapes[f"{name}.weight"] = [module.out_features, module.in_features]
     return hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _parts(weight: Tensor) -> list[Tensor]:
+    """The tensors in which a weight is stored: itself, or the numbers and scales of a quantised one."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def remember(name: str, mark: Fingerprint) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,11 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] → [..., d_out]."""
-        rows = x.reshape(-1, x.shape[-1])
         weight = weight_of(self.base)
+        if not weight.is_floating_point():  # packed: only the module itself can multiply with it
+            scaled = (self.B * cast(Tensor, self.c)).to(x.dtype)
+            return cast(Tensor, self.base(x)) + (x @ self.A.to(x.dtype).t()) @ scaled.t()
+        rows = x.reshape(-1, x.shape[-1])
         bias = getattr(self.base, "bias", None)
         y: Tensor = _Apply.apply(rows, weight, bias, self.A, self.B, self.c)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -96,9 +99,13 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
-def dequantised(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor; of a kind that is none already a copy."""
-    return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
+def dequantised(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [d_out, d_in] as an ordinary tensor of a dtype; of a kind that is none already a copy."""
+    if type(weight).dequantize is not Tensor.dequantize:
+        weight = weight.dequantize()
+    elif hasattr(weight, "__tensor_flatten__"):  # packed: its products alone are known
+        weight = F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).t()
+    return weight.to(dtype)
 
 
 class _Apply(torch.autograd.Function):
@@ -119,7 +126,7 @@ class _Apply(torch.autograd.Function):
         x, weight, A, scaled, narrow, c = ctx.saved_tensors
         (g,) = grads
         narrow_g = g @ scaled
-        dx = (g @ dequantised(weight)).addmm_(narrow_g, A) if ctx.needs_input_grad[0] else None
+        dx = (g @ dequantised(weight, g.dtype)).addmm_(narrow_g, A) if ctx.needs_input_grad[0] else None
         dA = (narrow_g.t() @ x).float() if ctx.needs_input_grad[3] else None
         dB = (g.t() @ narrow).float() * c if ctx.needs_input_grad[4] else None
         return dx, None, None, dA, dB, None

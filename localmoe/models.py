@@ -36,8 +36,11 @@ PACKAGED = {
 A folder that is called like an own name is given as ./name.
 """
 
-# transformers imports torchao where it is installed, which then reports every kernel made for other machines
-for _name in ("torchao", "torch.utils._pytree"):
+_EXTRAS = {"bitsandbytes": "nf4", "torchao": "quantised"}
+
+# transformers imports torchao where it is installed, which then reports every kernel made for other machines;
+# bitsandbytes says that it has no kernels of the hub, and with 8 bits every cast
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _PACKING_CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -58,7 +61,8 @@ def load_model(
     """A causal language model, frozen, in eval mode.
 
     name: a folder, a hub id, or a packaged model. `device_map="auto"` spreads it over the devices there are (needs
-    the `devices` extra). Raises UnknownNameError if there is no such model, TemporaryError if the hub is out of reach.
+    the `devices` extra). Raises UnknownNameError if there is no such model, TemporaryError if the hub is out of reach,
+    UsageError for one that was quantised by a library that is missing, or beside whose linears no expert can run.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -74,9 +78,40 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    if device_map is None:
+    check_linears(model, name)
+    keep_packing(model)
+    if device_map is None and model.device.type != device:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def check_linears(model: nn.Module, name: str) -> None:
+    """Raises UsageError for a base quantised by a library whose linears are no nn.Linear, such as GPTQ's."""
+    for where, module in model.named_modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, nn.Linear):
+            raise UsageError(
+                f"{name!r} is quantised, and {where} is a {type(module).__name__}: experts cannot run beside it",
+                "give the base as bitsandbytes or torchao quantise it, or unquantised with --quantised int8, int4, nf4",
+            )
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Lets bitsandbytes keep 4-bit weights as they came; raises UsageError for those that it reads wrongly.
+
+    On processors with AVX-512 BF16 it would pack them anew in the first forward pass: for few shapes alone, with
+    rounded scales, and without a way back for gradients.
+    """
+    for name, module in model.named_modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if state is None:
+            continue
+        if module.weight.device.type == "cpu" and module.in_features % state.blocksize:
+            raise UsageError(
+                f"bitsandbytes reads 4-bit weights wrongly on a processor where rows are no multiple of "
+                f"{state.blocksize}: {name} has {module.in_features}",
+                "give the base unquantised, with --quantised int4, or use a GPU",
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -262,6 +297,8 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
             f"the {kind} {name!r} cannot be loaded: {error}",
             "choose another one; if it is newer than your transformers: pip install --upgrade transformers",
         ) from error
+    except ImportError as error:  # the library that quantised it, or what its own code needs
+        raise _needs_package(kind, name, str(error)) from error
     except OSError as error:
         local = Path(name).is_dir()
         if local or "not a valid model identifier" in str(error) or "does not appear to have a file" in str(error):
@@ -276,6 +313,17 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
             if package
             else "give a folder instead, or try again when there is a network",
         ) from error
+
+
+def _needs_package(kind: str, name: str, why: str) -> UsageError:
+    known = [extra for package, extra in _EXTRAS.items() if package in why.lower()]
+    other = f"install it, or choose another {kind}"
+    if "quantized" in why or "quantization" in why:
+        other = "install it, or give the same one unquantised, with --quantised int8, int4 or nf4"
+    return UsageError(
+        f"the {kind} {name!r} needs a package that is missing: {why.strip().splitlines()[0]}",
+        f"pip install 'localmoe[{known[0]}]'" if known else other,
+    )
 
 
 @contextmanager

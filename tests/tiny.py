@@ -100,6 +100,9 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 
+WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+"""Rows of 64 at least: with fewer bitsandbytes reads 4-bit weights wrongly on a processor."""
+
 
 def random_adapter(model: Any, seed: int = 1, rank: int = 3, size: float = 0.1) -> Adapter:
     """A full random update, fp32, of every target linear; alpha / rank = 2."""

@@ -62,7 +62,7 @@ def known(executor: Executor) -> bool:
 
 def _key(executor: Executor) -> str:
     model = executor.model
-    return calibration_key(architecture(model), model.dtype, torch.device(model.device), executor.plain)
+    return calibration_key(architecture(model), model.dtype, torch.device(model.device), executor.kinds)
 
 
 def on_demand(executor: Executor) -> Planner:

@@ -266,8 +266,8 @@ def open_engine(
     base, encoder: where they are, if not where the bank (or this machine's memory of it) says. config: how to route,
     if not as the bank says; without a β it is the bank's, or found anew where `active` is not what its build asked for.
     base_variant: allow other weights than the bank was built for (every answer says so). execution: how mixes run,
-    and what stays in memory. quantised: round the base to "int8", once it is known to be the bank's; then it is a
-    variant too. With execution "auto" the first choice on a machine measures it, for a few seconds.
+    and what stays in memory. quantised: round the base to "int8", "int4" or "nf4", once it is known to be the bank's;
+    then it is a variant too. With execution "auto" the first choice on a machine measures it, for a few seconds.
     Raises BankError for a base of another architecture, other weights, or another encoder; ConfigError if β cannot be
     found; UsageError where a base cannot be quantised.
     """
@@ -300,7 +300,7 @@ def _check_base(wanted: Fingerprint, found: Fingerprint, name: str, where: str, 
     if found.weights != wanted.weights and not variant:
         raise BankError(
             f"{where!r} has the architecture of {name!r}, but other weights than the bank was built for",
-            "give the base it was built for with --base; for a changed one on purpose: --base-variant",
+            "give the base it was built for with --base; for a changed or quantised one on purpose: --base-variant",
         )
 
 

@@ -160,8 +160,8 @@ def remember_calibration(key: str, calibration: Calibration) -> None:
         return
 
 
-def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device, plain: bool) -> str:
-    """What decides the times: processor or GPU, cores, threads, torch, kernels, dtype, architecture, plain or not."""
+def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device, kinds: tuple[str, ...]) -> str:
+    """What decides the times: processor or GPU, cores, threads, torch, kernels, dtype, architecture, forms."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = (
@@ -173,7 +173,7 @@ def calibration_key(architecture: str, dtype: torch.dtype, device: torch.device,
         level(),
         str(dtype),
         architecture,
-        plain,
+        kinds,
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -189,9 +189,9 @@ def model_options(function: F) -> F:
             ),
             click.option(
                 "--quantised",
-                type=click.Choice(["int8"]),
+                type=click.Choice(["int8", "int4", "nf4"]),
                 panel=panel,
-                help="Round the base's weights: less memory, other answers (extra: quantised).",
+                help="Round the base's weights: less memory, other answers (extras: quantised; nf4 for nf4).",
             ),
             click.option("--device-map", metavar="MAP", panel=panel, help="Spread the base over devices, e.g. auto."),
             click.option(

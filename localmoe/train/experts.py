@@ -15,8 +15,9 @@ from localmoe.bank.adapters import write_adapter
 from localmoe.bank.manifest import AdapterRecord, Outcome, Training
 from localmoe.bank.peft import read_adapter
 from localmoe.config import SHARED_A, TrainConfig, as_dict
-from localmoe.lora import Adapter
-from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose
+from localmoe.errors import UsageError
+from localmoe.lora import Adapter, weight_of
+from localmoe.models import check_packing, load_model, load_tokenizer, needs_transpose, target_linears
 from localmoe.packing import Passage
 from localmoe.train.checks import Nll, document_nll, outcome
 from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of
@@ -70,7 +71,18 @@ def workplace(base: str, revision: str | None) -> tuple[Any, Any]:
     """Base model and tokenizer of this process, loaded once for all its tasks."""
     model = load_model(base, revision)
     check_packing(model)
+    _check_weights(model, base)
     return model, load_tokenizer(base, revision)
+
+
+def _check_weights(model: Any, base: str) -> None:
+    """Raises UsageError for a base whose weights are packed by a library that alone multiplies with them."""
+    for name, module in target_linears(model).items():
+        if not weight_of(module).is_floating_point():
+            raise UsageError(
+                f"experts are not trained beside the quantised {base!r}: {name} is a {type(module).__name__}",
+                "build the bank on the same base unquantised, then answer with --base THIS_ONE --base-variant",
+            )
 
 
 def forget() -> None:

@@ -325,7 +325,7 @@ class _Apply(torch.autograd.Function):
             torch.bmm(narrow_g.transpose(1, 2), x.view(len(A), -1, x.shape[-1]), out=dA)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ dequantised(weight)
+            dx = g @ dequantised(weight, g.dtype)
             dx.view(len(A), -1, dx.shape[-1]).baddbmm_(narrow_g, A)
         return dx, None, None, None, None, None, None, None
 
@@ -351,7 +351,7 @@ class _ApplyPacked(torch.autograd.Function):
         x, weight, *narrow = ctx.saved_tensors
         A, B, dA, dB, lengths = ctx.factors
         g = grads[0]
-        dx = g @ dequantised(weight) if ctx.needs_input_grad[0] else None
+        dx = g @ dequantised(weight, g.dtype) if ctx.needs_input_grad[0] else None
         into = [None] * len(lengths) if dx is None else torch.split(dx, lengths)
         parts = zip(torch.split(g, lengths), torch.split(x, lengths), narrow, into, strict=True)
         for place, (out, rows, thin, back) in enumerate(parts):

@@ -410,9 +410,11 @@ def test_a_bank_without_public_documents_is_evaluated_without_what_is_trained_on
     assert left_out >= {"fine-tuned", "fine-tuned-full", "ttt", "ttt-trunk", "trunk", "context"}
 
 
-def test_a_quantised_base_is_evaluated(tiny_bank: Path, tiny_base: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
-    engine = localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder), quantised="int8")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_base_is_evaluated(
+    kind: str, tiny_bank: Path, tiny_base: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    engine = localmoe.open(tiny_bank, str(tiny_base), str(tiny_encoder), quantised=kind)
     config = replace(
         CONFIG, methods=("base", "trunk", "merged", "fine-tuned", "fine-tuned-full", "ttt-trunk", "ttt-fine-tuned")
     )

@@ -113,7 +113,7 @@ def test_a_fit_needs_every_phase_but_the_merge() -> None:
 
 
 def test_a_calibration_is_remembered_and_a_damaged_note_is_none() -> None:
-    key = calibration_key("architecture", torch.float32, torch.device("cpu"), True)
+    key = calibration_key("architecture", torch.float32, torch.device("cpu"), ("plain",))
     assert recall_calibration(key) is None
     remember_calibration(key, CALIBRATION)
     assert recall_calibration(key) == CALIBRATION
@@ -127,7 +127,8 @@ def test_a_calibration_is_remembered_and_a_damaged_note_is_none() -> None:
 def test_the_key_tells_bases_dtypes_and_quantised_weights_apart() -> None:
     cpu = torch.device("cpu")
     keys = {
-        calibration_key(*of, cpu, True) for of in (("a", torch.float32), ("b", torch.float32), ("a", torch.bfloat16))
+        calibration_key(*of, cpu, ("plain",))
+        for of in (("a", torch.float32), ("b", torch.float32), ("a", torch.bfloat16))
     }
-    assert len(keys | {calibration_key("a", torch.float32, cpu, False)}) == 4
-    assert calibration_key("a", torch.float32, cpu, True) in keys
+    assert len(keys | {calibration_key("a", torch.float32, cpu, ("packed",))}) == 4
+    assert calibration_key("a", torch.float32, cpu, ("plain",)) in keys

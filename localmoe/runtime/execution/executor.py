@@ -96,6 +96,12 @@ class Executor:
         """Whether all the base's weights can be merged into."""
         return all(is_plain(target.module) for target in self.layout.targets)
 
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """In which forms the base's linears and their weights are kept."""
+        modules = [target.module for target in self.layout.targets]
+        return tuple(sorted({f"{type(module).__name__} {type(module.weight).__name__}" for module in modules}))
+
     def load(self, mixes: Sequence[Mix]) -> Loaded:
         """The experts of a batch of mixes, one mix a row, in memory; equal mixes are one.
 
