@@ -16,6 +16,7 @@ from localmoe.lora import weight_of
 from localmoe.runtime.execution import kernels
 from localmoe.runtime.execution.kernels import lay, located, merge
 from localmoe.runtime.execution.layout import Block, Layout, Target
+from localmoe.runtime.execution.packed import check_called
 from localmoe.runtime.execution.replay import Graphs, Stage
 from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
 
@@ -224,7 +225,7 @@ class DenseBuffer:
     def write_deltas(self, deltas: Mapping[str, Tensor], key: object = None) -> None:
         """Merges dense updates ΔW [d_out, d_in] into the buffer; targets without one keep the base's weights.
 
-        Raises as `write` does, and BankError for a module that the base lacks or has in another shape.
+        Raises as `write` does, and BankError for a module that the base lacks, has in another shape, or does not call.
         """
         self.held = None  # until it is whole
         targets = {target.name: target for target in self._layout.targets}
@@ -237,6 +238,8 @@ class DenseBuffer:
         for name, target in targets.items():
             base = weight_of(target.module)
             if name in deltas:
+                if target.bypassed:
+                    check_called(target, deltas[name])
                 self._target(target).copy_(base.float() + deltas[name].to(base.device).float())
             else:
                 self._keep(target)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from mixing import TOLERANCE, executor, mix, oracle
 
 from localmoe.errors import BankError, UsageError
@@ -372,6 +373,37 @@ def test_an_expert_that_does_not_fit_the_base_is_an_error_that_names_the_module(
     with pytest.raises(BankError, match="has no update for module"):
         executor(model, {"a": good, "b": few}).load([mix(a=0.5, b=0.5)])
     assert tiny.checksum(model) == before
+
+
+def test_an_expert_may_not_change_a_weight_that_the_base_reads_without_calling_it() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    mlp, name = model.model.layers[0].mlp, "model.layers.0.mlp.up_proj"
+
+    class Reading(type(mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * F.linear(x, self.up_proj.weight))
+
+    mlp.__class__ = Reading
+    before, changing = tiny.checksum(model), tiny.random_adapter(model)
+    with pytest.raises(BankError, match=f"{name}.*without calling it"):
+        executor(model, {"a": changing}).load([mix(a=1.0)])
+    harmless = changing | {name: LowRank(changing[name].A, changing[name].B * 0, changing[name].c)}
+    expected = oracle(model, {"a": harmless}, mix(a=1.0), IDS)
+    for way in WAYS:
+        logits = _logits(executor(model, {"a": harmless}), mix(a=1.0), way)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert tiny.checksum(model) == before
+
+
+def test_a_linear_that_the_base_has_no_use_for_may_be_changed() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    model.spare = torch.nn.Linear(4, 3)
+    adapters = {"a": tiny.random_adapter(model)}
+    assert "spare" in adapters["a"]
+    expected = oracle(model, adapters, mix(a=1.0), IDS)
+    for way in WAYS:
+        logits = _logits(executor(model, adapters), mix(a=1.0), way)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_weights_that_cannot_be_merged_into_are_refused_for_dense() -> None:
