@@ -56,7 +56,7 @@ def explain(engine: Engine, prompt: str, config: GenerateConfig, mix: Mix | None
     plan, costs = plans.plan(work), []
     try:
         for choice in plan.predicted:
-            executor.dense.held = executor.beside.held = None
+            executor.forget_mixes()
             executor.planner = partial(_always, choice)
             pieces = engine.start(prompt, config, mix)
             answer = pieces.answer("".join(pieces))
