@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from localmoe.config import GenerateConfig
@@ -61,8 +62,11 @@ class Stream:
         embed: float,
         select: float,
         memory: Memory | None = None,
+        vector: np.ndarray | None = None,
     ) -> None:
         self.mix = mix
+        self.vector = vector
+        """φ of the prompt [1, d], where it was routed."""
         self._memory = memory
         self._engine, self._ids, self._config, self._begun = engine, ids, config, begun
         self._seconds = Seconds(embed, select, 0.0, 0.0, 0.0, 0.0)

@@ -172,7 +172,7 @@ class Engine:
         embedded = time.perf_counter()
         chosen = self._select(vector)
         selected = time.perf_counter()
-        return Stream(self, ids, config, chosen, begun, embedded - started, selected - embedded, memory)
+        return Stream(self, ids, config, chosen, begun, embedded - started, selected - embedded, memory, vector)
 
     def session(self, config: GenerateConfig = GenerateConfig(), sticky: bool = False) -> Session:  # noqa: B008
         """A conversation of several turns. sticky: the first message chooses the mix for all of them.
@@ -222,7 +222,7 @@ class Engine:
                 yield ready - started, time.perf_counter() - ready
 
     def prefetch(self, experts: Iterable[str]) -> Future[None]:
-        """Brings experts into memory in the background, before a prompt asks for them."""
+        """Brings experts into memory in the background, before a prompt asks for them; see `Executor.prefetch`."""
         if not self.executor.ready:
             with self.turn():  # its linears are found by a forward of their own
                 self.executor.prepare()

@@ -181,16 +181,23 @@ class Executor:
             yield
 
     def prefetch(self, experts: Iterable[str]) -> Future[None]:
-        """Brings experts into memory in the background; errors are those of the future."""
+        """Brings experts into memory in the background; errors are those of the future.
+
+        Once the future is cancelled, the expert under way is the last.
+        """
         wanted, done = list(experts), Future[None]()
 
         def work() -> None:
+            failed: BaseException | None = None
             try:
                 for expert in wanted:
+                    if done.cancelled():
+                        break
                     self._expert(expert)
-                done.set_result(None)
             except BaseException as error:  # handed to whoever waits
-                done.set_exception(error)
+                failed = error
+            if done.set_running_or_notify_cancel():
+                done.set_result(None) if failed is None else done.set_exception(failed)
 
         threading.Thread(target=work, name="localmoe-prefetch", daemon=True).start()
         return done

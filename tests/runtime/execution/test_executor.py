@@ -1,5 +1,6 @@
 """Execution of mixes: three ways, one algebra; base weights that stay as they are; what is kept and what is not."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,24 @@ def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> Non
     assert "hash of a" in run.host and "hash of b" not in run.host
     with pytest.raises(KeyError):
         run.prefetch(["nobody"]).result(timeout=60)
+
+
+def test_a_prefetch_that_is_cancelled_stops_after_the_expert_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun, go_on = executor(tiny.base("llama"), {}), threading.Event(), threading.Event()
+    loaded, before = list[str](), set(threading.enumerate())
+
+    def slowly(name: str) -> None:
+        loaded.append(name)
+        begun.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(run, "_expert", slowly)
+    future = run.prefetch(["a", "b", "c"])
+    assert begun.wait(60) and future.cancel()
+    go_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert loaded == ["a"]
 
 
 def test_experts_on_a_gpu_leave_room_for_the_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
