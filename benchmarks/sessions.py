@@ -2,13 +2,15 @@
 
     python benchmarks/sessions.py BANK [--base FOLDER] [--encoder FOLDER] [--history 200 1000] [--message 20]
                                   [--new-tokens 32] [--rounds 5] [--documents 60] [--processor-time] [--json PATH]
+                                  [--parts turns missing repeats]
 
-Every round reads a conversation of so many tokens (held-out documents of the bank) under one mix, and then answers one
-more message: under the same mix (sticky, or routed to the same: keys and values are kept), under another whose experts
-are in memory (keys and values are thrown away, the conversation is read again, the mix is merged or applied), and under
-another whose experts have to be read from disk first. `embed` is what routing takes, and is not in the other times.
-Then, by routing alone: how many experts a turn finds missing, for documents cut into four messages, without and with
-what a session loads between turns.
+turns: every round reads a conversation of so many tokens (held-out documents of the bank) under one mix, and then
+answers one more message: under the same mix (sticky, or routed to the same: keys and values are kept), under another
+whose experts are in memory (keys and values are thrown away, the conversation is read again, the mix is merged or
+applied), and under another whose experts have to be read first. `embed`, what routing takes, is not in other times.
+missing, by routing alone: how many experts a turn finds missing, for documents cut into four messages, without and with
+what a session loads between turns. repeats: two mixes that take turns over prompts of 20 tokens, with memory for one
+merged mix and for both, and beside the weights; "again": one mix all the time.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import machine
 from material import note
 
+PARTS = ("turns", "missing", "repeats")
 TURNS = 4
 KINDS = ("same mix", "another mix", "another mix, experts on disk")
 
@@ -42,14 +45,20 @@ def main() -> None:
         "machine": machine.describe(engine.model.device.type),
         "turns": {},
     }
-    for history in arguments.history:
+    for history in arguments.history if "turns" in arguments.parts else ():
         rounds = [_round(engine, texts, history, number, arguments) for number in range(arguments.rounds)]
         report["turns"][history] = _medians(rounds)
         _show(history, report["turns"][history])
-    report["missing experts"] = _missing(engine.router, texts)
-    print(f"\nexperts missing in memory, turn by turn ({len(texts)} documents, {TURNS} messages each)")
-    for name, counts in report["missing experts"].items():
-        print(f"{name:24}" + "".join(f"{count:8.2f}" for count in counts))
+    if "missing" in arguments.parts:
+        report["missing"] = _missing(engine.router, texts)
+        print(f"\nexperts missing in memory, turn by turn ({len(texts)} documents, {TURNS} messages each)")
+        for name, counts in report["missing"].items():
+            print(f"{name:24}" + "".join(f"{count:8.2f}" for count in counts))
+    if "repeats" in arguments.parts:
+        report["repeats"] = _repeats(engine, texts, arguments.rounds)
+        print("\ntwo mixes in turn: ms from the mix to the first token, and of these to the merged model, medians")
+        for name, row in report["repeats"].items():
+            print(f"{name:34}{row['first token'] * 1e3:8.1f}{row['merge'] * 1e3:8.1f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -135,6 +144,41 @@ def _missing(router: Any, texts: list[str]) -> dict[str, list[float]]:
     return found
 
 
+def _repeats(engine: Any, texts: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of a prompt's first token, for prompts whose mixes take turns, and for one that comes again."""
+    from localmoe.config import ExecutionConfig
+    from localmoe.runtime.execution import Executor
+
+    first, *others = [engine.route(text) for text in texts]
+    mixes = [first, next(mix for mix in others if mix != first)]
+    weights = engine.executor.dense.bytes_missing + engine.executor.dense.bytes
+    runs = {}
+    for name, more in (("one merged mix", 0), ("both merged mixes", weights)):
+        runs[name] = Executor(engine.model, engine.bank, ExecutionConfig(mix_cache_bytes=more))
+        runs[name].host = engine.executor.host
+    ways = [(name, "dense", mixes) for name in runs] + [("one merged mix", "stacked", mixes)]
+    ways += [("one merged mix", way, mixes[:1] * 2) for way in ("dense", "stacked")]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(rounds + 1):
+        for kept, way, pair in ways:
+            name = f"{way}, again" if pair[0] is pair[1] else f"{way}, {kept if way == 'dense' else 'in turn'}"
+            times = [_first_token(engine, runs[kept], mix, way) for mix in pair * 2]
+            found.setdefault(name, []).extend(times[2:])
+    rows = {name: list(zip(*times[2:], strict=True)) for name, times in found.items()}  # the first round warms up
+    return {n: {"merge": statistics.median(m), "first token": statistics.median(f)} for n, (m, f) in rows.items()}
+
+
+def _first_token(engine: Any, executor: Any, mix: Any, way: str) -> tuple[float, float]:
+    """Seconds to the merged model, and to the logits of a prompt of 20 tokens."""
+    import torch
+
+    begun = time.perf_counter()
+    with torch.inference_mode(), executor.attached(executor.load([mix]), way, stay=True):
+        merged = time.perf_counter()
+        engine.model(torch.arange(100, 120)[None], use_cache=True, logits_to_keep=1)
+        return merged - begun, time.perf_counter() - begun
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bank", type=Path)
@@ -150,6 +194,7 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="count the processor's time, not the clock's: for a machine that others use, with one thread",
     )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

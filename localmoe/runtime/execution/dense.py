@@ -54,7 +54,7 @@ class DenseBuffer:
         self._tiles = kernels.Buffer()
         self._gathered: dict[int, _Gathered] = {}
         self._both = torch.empty(0)
-        self._views: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def bytes(self) -> int:
@@ -230,10 +230,9 @@ class DenseBuffer:
                 self._both = torch.empty(sum(sizes), dtype=self._layout.dtype, device="cpu")
         if target.place not in self._views or len(self._views[target.place][0]) != rank:
             all_A, all_B = self._both[: sum(sizes)].split_with_sizes(sizes)
-            out = self._target(target)
-            views = all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
-            self._views[target.place] = (*views, out if isinstance(target.module, nn.Linear) else None)
-        return self._views[target.place]
+            self._views[target.place] = all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
+        out = self._target(target) if isinstance(target.module, nn.Linear) else None
+        return *self._views[target.place], out
 
     @torch.no_grad()
     def write_deltas(self, deltas: Mapping[str, Tensor], key: object = None) -> None:

@@ -18,7 +18,7 @@ from localmoe.bank.store import Bank
 from localmoe.config import ExecutionConfig
 from localmoe.lora import Adapter, LowRank, weight_of
 from localmoe.routing import Mix
-from localmoe.runtime.execution import Executor, Way, workspace
+from localmoe.runtime.execution import Executor, Way, kernels, workspace
 from localmoe.runtime.router import routable_centroids
 
 WIDER = tiny.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
@@ -150,6 +150,23 @@ def test_mixes_that_take_turns_are_merged_again_only_where_there_is_no_memory_fo
     for seed in (0, 1, 0, 1, 2, 2, 0, 1):
         assert torch.equal(_logits(run, seed, ids), expected[seed])
     assert [first - 1 for first in gathered if first] == merges
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("shared", SHARED)
+def test_whatever_the_kernels_a_mix_that_is_kept_stays_as_it_was_merged(
+    level: kernels.Level, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if level > kernels.level():
+        pytest.skip("no compiler when LocalMoE was installed, or another processor")
+    model = tiny.causal_model("llama", **WIDER).bfloat16()
+    monkeypatch.setattr(kernels, "level", lambda: level)
+    ids = torch.ones(1, 3, dtype=torch.long)
+    run = _executor(model, shared, mix_cache_bytes=10**9)
+    assert run.dense._level == level
+    expected = [_logits(_executor(model, shared), seed, ids) for seed in range(3)]
+    for seed in (0, 1, 2, 0, 1, 2):
+        assert torch.equal(_logits(run, seed, ids), expected[seed])
 
 
 @torch.no_grad()
