@@ -241,9 +241,14 @@ def memory(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
 
     found = processes.measure(bench)
     for name, row in found.items():
-        print(
-            f"memory, {name}: " + ", ".join(f"{key} {value / 2**20:.0f} MiB" for key, value in row.items()), flush=True
-        )
+        values = ", ".join(f"{key} {value / 2**20:.1f}" for key, value in row.items() if key != "bar")
+        measured = row.get("held", row.get("added_unused"))
+        if measured is not None:
+            bar = row["bar"]
+            values += (
+                f"; bar {bar / 2**20:.1f}: {'met' if measured <= bar else f'{(measured - bar) / 2**20:.1f} above'}"
+            )
+        print(f"memory in MiB, {name}: {values}", flush=True)
     return found
 
 

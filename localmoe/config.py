@@ -181,6 +181,8 @@ class ExecutionConfig:
     """Experts kept on the accelerator at most; none = half of its free memory."""
     mix_cache: bool = True
     """Keep the last merged mix, so that the same mix costs nothing again (exact fp32 weights decide)."""
+    mix_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory for more merged mixes than the last, each of which takes what the base's linears take; 0 = none."""
     round_weights: Positive | None = None
     """Round a prompt's weights to multiples of 1/n, so that more prompts repeat a mix; none = exact weights."""
 

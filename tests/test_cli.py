@@ -386,7 +386,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
 ) -> None:
     class Interrupted:
         def __init__(self, mix: Any) -> None:
-            self.mix = mix
+            self.mix, self.vector = mix, None
 
         def __iter__(self) -> Any:
             yield "half an"

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from localmoe.config import GenerateConfig
+from localmoe.config import ExecutionConfig, GenerateConfig
 from localmoe.errors import BankError, ConfigError, PartialError, PromptError, UsageError
 from localmoe.evaluate.results import Check, Results
 from localmoe.quantities import bytes_text, duration_text
 from localmoe.terminal.chat import _messages
 from localmoe.terminal.evaluations import show_results
+from localmoe.terminal.options import execution_config
 from localmoe.terminal.plans import histogram
 from localmoe.terminal.progress import LINE_EVERY, Lines, clock_text, show_json, watching
 from localmoe.terminal.screen import bar, plain, readable_warnings, show_error
@@ -138,6 +139,14 @@ def test_a_value_out_of_range_is_named_by_its_option(options: dict[str, float]) 
     (name,) = options
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
         checked(GenerateConfig, options)
+
+
+def test_memory_is_given_in_gigabytes_and_what_is_not_given_is_the_default() -> None:
+    assert execution_config({"host_bytes": None, "mix_cache_bytes": None}) == ExecutionConfig()
+    given = execution_config({"execution": "dense", "host_bytes": 2.0, "mix_cache_bytes": 0.5})
+    assert given == ExecutionConfig(execution="dense", host_bytes=2_000_000_000, mix_cache_bytes=500_000_000)
+    with pytest.raises(ConfigError):
+        execution_config({"mix_cache_bytes": -1.0})
 
 
 def test_an_unfinished_build_says_how_many_experts_are_done(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from localmoe.config import GenerateConfig
@@ -61,8 +62,11 @@ class Stream:
         embed: float,
         select: float,
         memory: Memory | None = None,
+        vector: np.ndarray | None = None,
     ) -> None:
         self.mix = mix
+        self.vector = vector
+        """φ of the prompt [1, d], where it was routed."""
         self._memory = memory
         self._engine, self._ids, self._config, self._begun = engine, ids, config, begun
         self._seconds = Seconds(embed, select, 0.0, 0.0, 0.0, 0.0)
@@ -77,13 +81,21 @@ class Stream:
             load = time.perf_counter() - started
             known = 0 if self._memory is None else self._memory.open(engine.model, executor.key(self.mix), self._ids)
             fresh = self._ids.shape[1] - known
-            self.choice = executor.choose(loaded, 1, fresh, self._config.max_new_tokens)
-            with executor.running(loaded, self.choice) as running:
-                yield from stream(
-                    engine.model, engine.tokenizer, self._ids, self._config, self._arrived, self._memory, running.decode
-                )
+            limit = self._config.max_new_tokens
+            self.choice = executor.choose(loaded, 1, fresh, engine.lengths.expected(limit))
+            try:
+                with executor.running(loaded, self.choice) as running:
+                    yield from self._pieces(running.decode)
+            except GeneratorExit:  # whoever closes it has had enough: that is how long it was
+                engine.lengths.note(self._tokens, limit)
+                raise
+            engine.lengths.note(self._tokens, limit)
             merge = running.merge_seconds
         self._seconds = replace(self._seconds, load=load, merge=merge, total=time.perf_counter() - self._begun)
+
+    def _pieces(self, decode: Callable[[], None]) -> Iterator[str]:
+        engine = self._engine
+        return stream(engine.model, engine.tokenizer, self._ids, self._config, self._arrived, self._memory, decode)
 
     def answer(self, text: str) -> Answer:
         """The finished answer; `text` is the pieces together."""

@@ -28,6 +28,7 @@ from localmoe.runtime.calibration import on_demand
 from localmoe.runtime.drawing import draw
 from localmoe.runtime.execution import Executor, Loaded, Way, rounded
 from localmoe.runtime.generation import Memory, prompt_tokens
+from localmoe.runtime.lengths import Lengths
 from localmoe.runtime.router import Conversation, Neighbour, PromptRouter, open_encoder, route_config
 from localmoe.runtime.session import Session
 
@@ -68,6 +69,8 @@ class Engine:
         self.base_variant = base_variant
         self.router = PromptRouter(bank, encoder, config)
         self.executor = Executor(model, bank, execution)
+        self.lengths = Lengths()
+        """Of the answers so far: what the planner expects of the next."""
         self._turns = _TURNS.setdefault(model, _Turns())
 
     def route(self, prompt: str | Conversation) -> Mix:
@@ -124,7 +127,8 @@ class Engine:
             loaded = self.executor.load(mixes)
             load = time.perf_counter() - waited
             longest = max(prompt.shape[1] for prompt in ids)
-            choice = self.executor.choose(loaded, len(ids), longest, config.max_new_tokens)
+            expected = self.lengths.expected(config.max_new_tokens)
+            choice = self.executor.choose(loaded, len(ids), longest, expected)
             with self.executor.running(loaded, choice) as running:
                 for step in draw(self.model, ids, config):
                     for row, token in step.tokens.items():
@@ -135,6 +139,8 @@ class Engine:
                         running.decode()
                         running.keep(step.going)
         total = time.perf_counter() - begun
+        for new in rows:
+            self.lengths.note(len(new), config.max_new_tokens)
         seconds = Seconds(embedded - started, selected - embedded, load, running.merge_seconds, first, total)
         return [
             Answer(
@@ -166,7 +172,7 @@ class Engine:
         embedded = time.perf_counter()
         chosen = self._select(vector)
         selected = time.perf_counter()
-        return Stream(self, ids, config, chosen, begun, embedded - started, selected - embedded, memory)
+        return Stream(self, ids, config, chosen, begun, embedded - started, selected - embedded, memory, vector)
 
     def session(self, config: GenerateConfig = GenerateConfig(), sticky: bool = False) -> Session:  # noqa: B008
         """A conversation of several turns. sticky: the first message chooses the mix for all of them.
@@ -216,7 +222,7 @@ class Engine:
                 yield ready - started, time.perf_counter() - ready
 
     def prefetch(self, experts: Iterable[str]) -> Future[None]:
-        """Brings experts into memory in the background, before a prompt asks for them."""
+        """Brings experts into memory in the background, before a prompt asks for them; see `Executor.prefetch`."""
         if not self.executor.ready:
             with self.turn():  # its linears are found by a forward of their own
                 self.executor.prepare()

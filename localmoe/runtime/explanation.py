@@ -11,6 +11,7 @@ from localmoe.runtime.calibration import planner
 from localmoe.runtime.engine import Engine
 from localmoe.runtime.execution.choice import Choice, Work
 from localmoe.runtime.execution.kernels import Level
+from localmoe.runtime.lengths import Lengths
 from localmoe.runtime.planner import predict
 
 
@@ -28,10 +29,12 @@ class Cost:
 class Explanation:
     """The work, what was chosen for it, and the cost of every choice, in the order in which they were tried.
 
-    kernels: by which few tokens are multiplied with factors where they lie, see `execution.kernels`.
+    most: the limit of new tokens, of which `work` has those that are expected. kernels: by which few tokens are
+    multiplied with factors where they lie, see `execution.kernels`.
     """
 
     work: Work
+    most: int
     chosen: Choice
     costs: tuple[Cost, ...]
     kernels: Level
@@ -46,25 +49,26 @@ def explain(engine: Engine, prompt: str, config: GenerateConfig, mix: Mix | None
     executor = engine.executor
     with engine.turn():
         plans = planner(executor, anew=True)
-    before = executor.planner
     if mix is None:
         mix = engine.route(prompt)
-    first = engine.start(prompt, replace(config, max_new_tokens=1), mix)
-    tokens = first.answer("".join(first)).prompt_tokens
-    loaded = executor.load([mix])
-    work = replace(executor.work(loaded, 1, tokens, config.max_new_tokens), held=False)
-    plan, costs = plans.plan(work), []
+    before, lengths = executor.planner, engine.lengths
     try:
+        engine.lengths = Lengths()  # one prompt, several times over, says nothing of the next
+        first = engine.start(prompt, replace(config, max_new_tokens=1), mix)
+        tokens = first.answer("".join(first)).prompt_tokens
+        expected = lengths.expected(config.max_new_tokens)
+        work = replace(executor.work(executor.load([mix]), 1, tokens, expected), held=False)
+        plan, costs = plans.plan(work), []
         for choice in plan.predicted:
-            executor.dense.held = executor.beside.held = None
+            executor.forget_mixes()
             executor.planner = partial(_always, choice)
             pieces = engine.start(prompt, config, mix)
             answer = pieces.answer("".join(pieces))
             predicted = predict(plans.calibration, replace(work, new_tokens=answer.new_tokens), choice)
             costs.append(Cost(choice, predicted, answer.seconds.total, answer.new_tokens))
     finally:
-        executor.planner = before
-    return Explanation(work, plan.choice, tuple(costs), executor.beside.level)
+        executor.planner, engine.lengths = before, lengths
+    return Explanation(work, config.max_new_tokens, plan.choice, tuple(costs), executor.beside.level)
 
 
 def _always(choice: Choice, _work: Work) -> Choice:

@@ -62,6 +62,12 @@ class PromptRouter:
         """The mix for a prompt; raises PromptError for a prompt without text."""
         return self.select(self.embed(prompt))
 
+    def nearest_experts(self, vector: np.ndarray, count: int) -> tuple[str, ...]:
+        """The experts that score highest for an embedded prompt [1, d], the highest first, in its mix or not."""
+        scores = beta_scores(torch.from_numpy(vector), self.centroids, self.config.router)[0]
+        best = scores.topk(min(count, len(scores))).indices.tolist()
+        return tuple(self.centroids.experts[row] for row in best)
+
     def nearest(self, prompt: str | Conversation, count: int = 5) -> list[Neighbour]:
         """The train documents whose embeddings are nearest to the prompt's, the nearest first."""
         return self.neighbours(self.embed(prompt), count)

@@ -40,6 +40,8 @@ def explanation_data(explanation: Explanation) -> dict[str, Any]:
 
     return {
         "prompt_tokens": explanation.work.prompt_tokens,
+        "expected_tokens": explanation.work.new_tokens,
+        "max_new_tokens": explanation.most,
         "experts": explanation.work.experts,
         "rank": explanation.work.rank,
         "kernels": NAMES[explanation.kernels],
@@ -65,7 +67,8 @@ def show_explanation(console: Console, data: dict[str, Any]) -> None:
         rows.add_row(cost["prefill"], cost["decode"], str(cost["new_tokens"]), *times, "chosen" if chosen else "")
     console.print()
     console.print(rows)
-    work = f"{data['prompt_tokens']:,} tokens in the prompt, {data['experts']} experts of {data['rank']:g} ranks in all"
+    work = f"{data['prompt_tokens']:,} tokens in the prompt, {data['expected_tokens']:,} new ones expected "
+    work += f"({data['max_new_tokens']:,} at most), {data['experts']} experts of {data['rank']:g} ranks in all"
     work += f"; kernels: {data['kernels']}"
     console.print(work, style="dim")
 

@@ -242,16 +242,26 @@ def execution_options(function: F) -> F:
                 panel=panel,
                 help="Experts kept in memory at most. [dim]\\[default: a quarter of the machine's][/dim]",
             ),
+            click.option(
+                "--mix-memory",
+                "mix_cache_bytes",
+                type=float,
+                metavar="GB",
+                panel=panel,
+                help="Memory for more merged mixes than the last. "
+                f"[dim]\\[default: {default_of(ExecutionConfig, 'mix_cache_bytes') / 1e9:g}][/dim]",
+            ),
         ],
     )
 
 
 def execution_config(options: dict[str, Any]) -> ExecutionConfig:
     """The fields of ExecutionConfig that were given; raises ConfigError for a value out of range."""
-    given = {name: options.get(name) for name in ("execution", "host_bytes")}
-    if given["host_bytes"] is not None:
-        given["host_bytes"] = int(given["host_bytes"] * 1e9)
-    return checked(ExecutionConfig, {name: value for name, value in given.items() if value is not None})
+    sizes = {name: options.get(name) for name in ("host_bytes", "mix_cache_bytes")}
+    given: dict[str, Any] = {name: int(size * 1e9) for name, size in sizes.items() if size is not None}
+    if options.get("execution") is not None:
+        given["execution"] = options["execution"]
+    return checked(ExecutionConfig, given)
 
 
 def eval_options(function: F) -> F:

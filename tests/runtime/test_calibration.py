@@ -27,7 +27,7 @@ def test_every_phase_is_measured_and_the_base_is_left_alone(executor: Any) -> No
     assert all(point.seconds > 0 for point in points)
     assert tiny.checksum(executor.model) == before
     assert [target.module.__dict__.get("forward") for target in executor.layout.targets] == forwards
-    assert executor.dense.held is None
+    assert executor.dense.bytes == 0
 
 
 def test_a_machine_is_calibrated_once(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,29 @@ def test_under_one_mix_earlier_turns_are_not_read_again(engine: Engine, monkeypa
     "".join(session.say(MESSAGES[1]))
     whole = len(engine.tokenizer.apply_chat_template(session.turns[:3], add_generation_prompt=True)["input_ids"])
     assert 0 < max(read) < whole
+
+
+def test_after_a_turn_the_experts_next_to_its_mix_are_loaded_and_no_others_wait_for_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    future: Future[None] = Future()
+    monkeypatch.setattr(engine, "prefetch", lambda experts: asked.append(list(experts)) or future)
+    session = engine.session(SHORT)
+    "".join(session.say(MESSAGES[0]))
+    assert session.mix is not None
+    near = engine.router.nearest_experts(engine.router.embed(MESSAGES[0]), 2 * len(session.mix.experts))
+    assert len(asked) == 1 and set(asked[0]) == set(near) - set(session.mix.experts)
+    assert set(near) >= set(session.mix.experts)
+    session.begin(MESSAGES[1])
+    assert future.cancelled()
+    sticky = engine.session(SHORT, sticky=True)
+    for message in MESSAGES[:2]:
+        "".join(sticky.say(message))
+    assert len(asked) == 1  # the mix stays: there is nothing to come
+    monkeypatch.setattr(engine.executor.host, "limit", engine.executor.host.bytes)
+    "".join(session.say(MESSAGES[0]))
+    assert len(asked) == 1  # they would take the place of those in use
 
 
 def test_an_answer_that_breaks_leaves_the_conversation_as_it_was_and_a_closed_one_stays(

@@ -27,7 +27,7 @@ class Work:
     prompt_tokens: int
     """Tokens of the longest prompt that are not in a KV cache yet."""
     new_tokens: int
-    """Tokens to come for each row, at most."""
+    """Tokens that are expected to come for each row."""
     shared: bool
     """Whether all experts share one A."""
     plain: bool

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from localmoe.errors import BankError, UsageError
 from localmoe.lora import weight_of
 from localmoe.runtime.execution import kernels
+from localmoe.runtime.execution.copies import Copies, Copy
 from localmoe.runtime.execution.kernels import lay, located, merge
 from localmoe.runtime.execution.layout import Block, Layout, Target
+from localmoe.runtime.execution.packed import check_called
 from localmoe.runtime.execution.replay import Graphs, Stage
 from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
 
@@ -35,11 +37,16 @@ class DenseBuffer:
     """One more copy of the target weights, written anew for every mix: W = W0 + Σ w_k B_k A_k.
 
     Allocated when first used; costs the bytes of the target weights. Nothing has to be restored afterwards, since W0
-    stays where it is: outside `attached` the modules point to it. `held` says what the buffer holds, if it is whole.
+    stays where it is: outside `attached` the modules point to it. more_bytes: for copies beside that one, each of which
+    keeps a mix, so that it need not be merged again.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, more_bytes: int = 0) -> None:
         self._layout = layout
+        plain = [weight_of(target.module).nbytes for target in layout.targets if is_plain(target.module)]
+        self._weights = sum(plain)
+        self._more = more_bytes // max(1, self._weights)
+        self._copies = Copies(self._more)
         self._workspaces = Workspace(layout, whole=False), Workspace(layout, whole=False)
         self._sums = Workspace(layout, whole=True)
         self._stage = Stage(layout)
@@ -47,22 +54,31 @@ class DenseBuffer:
         self._tiles = kernels.Buffer()
         self._gathered: dict[int, _Gathered] = {}
         self._both = torch.empty(0)
-        self._views: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-        self._buffers: dict[str, nn.Parameter] = {}
-        self.held: object = None
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def bytes(self) -> int:
         """Memory held, the workspace included."""
         held = sum(workspace.bytes for workspace in self._workspaces) + self._both.nbytes + self._stage.memory.nbytes
         held += self._tiles.bytes + self._sums.bytes
-        return held + sum(buffer.nbytes for buffer in self._buffers.values())
+        return held + self._copies.bytes
 
     @property
     def bytes_missing(self) -> int:
-        """Memory that the copy of the weights will take beside what it holds."""
-        weights = sum(weight_of(target.module).nbytes for target in self._layout.targets if is_plain(target.module))
-        return max(0, weights - sum(buffer.nbytes for buffer in self._buffers.values()))
+        """Memory that copies of the weights will take beside what they hold."""
+        return max(0, (1 + self._more) * self._weights - self._copies.bytes)
+
+    def holds(self, key: object) -> bool:
+        """Whether the mix of this name is merged already."""
+        return key in self._copies
+
+    def forget(self) -> None:
+        """Lets go of all merged mixes."""
+        self._copies.forget()
+
+    @property
+    def _buffers(self) -> Copy:
+        return self._copies.now
 
     @torch.no_grad()
     def write(self, active: Active, key: object = None) -> None:
@@ -71,9 +87,8 @@ class DenseBuffer:
         w_k goes into Bt, in fp32 arithmetic, rounded once to the dtype of the base. Raises UsageError for weights that
         are offloaded, quantised or spread over devices.
         """
-        if key is not None and key == self.held:
+        if self._copies.turn_to(key):
             return
-        self.held = None  # until it is whole
         if self._by_tiles:
             self._write_tiles(active)
         elif self._level > 0 and active.shared is None:
@@ -87,7 +102,7 @@ class DenseBuffer:
                         self._merge(target, At, Bt)
                     else:
                         self._keep(target)
-        self.held = key
+        self._copies.held = key  # now it is whole
 
     @cached_property
     def _by_tiles(self) -> bool:
@@ -215,18 +230,19 @@ class DenseBuffer:
                 self._both = torch.empty(sum(sizes), dtype=self._layout.dtype, device="cpu")
         if target.place not in self._views or len(self._views[target.place][0]) != rank:
             all_A, all_B = self._both[: sum(sizes)].split_with_sizes(sizes)
-            out = self._target(target)
-            views = all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
-            self._views[target.place] = (*views, out if isinstance(target.module, nn.Linear) else None)
-        return self._views[target.place]
+            self._views[target.place] = all_A.view(rank, target.d_in), all_B.view(target.d_out, rank)
+        out = self._target(target) if isinstance(target.module, nn.Linear) else None
+        return *self._views[target.place], out
 
     @torch.no_grad()
     def write_deltas(self, deltas: Mapping[str, Tensor], key: object = None) -> None:
         """Merges dense updates ΔW [d_out, d_in] into the buffer; targets without one keep the base's weights.
 
-        Raises as `write` does, and BankError for a module that the base lacks or has in another shape.
+        Nothing to do if `key` is held. Raises as `write` does, and BankError for a module that the base lacks, has in
+        another shape, or does not call.
         """
-        self.held = None  # until it is whole
+        if self._copies.turn_to(key):
+            return
         targets = {target.name: target for target in self._layout.targets}
         for name, delta in deltas.items():
             if name not in targets or tuple(delta.shape) != (targets[name].d_out, targets[name].d_in):
@@ -237,10 +253,12 @@ class DenseBuffer:
         for name, target in targets.items():
             base = weight_of(target.module)
             if name in deltas:
+                if target.bypassed:
+                    check_called(target, deltas[name])
                 self._target(target).copy_(base.float() + deltas[name].to(base.device).float())
             else:
                 self._keep(target)
-        self.held = key
+        self._copies.held = key
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -84,7 +84,7 @@ class Executor:
     @cached_property
     def dense(self) -> DenseBuffer:
         """The second buffer, allocated when it is first written."""
-        return DenseBuffer(self.layout)
+        return DenseBuffer(self.layout, self.config.mix_cache_bytes if self.config.mix_cache else 0)
 
     @cached_property
     def beside(self) -> Beside:
@@ -142,7 +142,7 @@ class Executor:
             new_tokens=new_tokens,
             shared=active is not None and active.shared is not None,
             plain=self.plain,
-            held=loaded.key is not None and loaded.key == self.dense.held,
+            held=self.dense.holds(loaded.key),
         )
 
     def choose(self, loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int) -> Choice:
@@ -175,8 +175,7 @@ class Executor:
                         f"the merge method {loaded.mixes[0].method!r} gives dense updates, which cannot be {way}",
                         "choose --execution dense or auto",
                     )
-                if loaded.key is None or loaded.key != self.dense.held:
-                    self.dense.write_deltas(loaded.deltas, loaded.key)
+                self.dense.write_deltas(loaded.deltas, loaded.key)
                 stack.enter_context(self.dense.attached())
             elif loaded.active is not None and way == "dense":
                 if not loaded.active.single:
@@ -188,26 +187,38 @@ class Executor:
             yield
 
     def prefetch(self, experts: Iterable[str]) -> Future[None]:
-        """Brings experts into memory in the background; errors are those of the future."""
+        """Brings experts into memory in the background; errors are those of the future.
+
+        Once the future is cancelled, the expert under way is the last.
+        """
         wanted, done = list(experts), Future[None]()
 
         def work() -> None:
+            failed: BaseException | None = None
             try:
                 for expert in wanted:
+                    if done.cancelled():
+                        break
                     self._expert(expert)
-                done.set_result(None)
             except BaseException as error:  # handed to whoever waits
-                done.set_exception(error)
+                failed = error
+            if done.set_running_or_notify_cancel():
+                done.set_result(None) if failed is None else done.set_exception(failed)
 
         threading.Thread(target=work, name="localmoe-prefetch", daemon=True).start()
         return done
 
     def forget(self) -> None:
-        """Lets go of all experts in memory and of the last mix."""
+        """Lets go of all experts in memory and of all mixes."""
         self.host.clear()
         if self._device is not None:
             self._device.clear()
-        self.dense.held = self.beside.held = None
+        self.forget_mixes()
+
+    def forget_mixes(self) -> None:
+        """Lets go of all merged and gathered mixes."""
+        self.dense.forget()
+        self.beside.held = None
 
     def key(self, mix: Mix) -> str:
         """Content hash of what decides the merged weights, in this bank."""

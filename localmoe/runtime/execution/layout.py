@@ -17,13 +17,17 @@ _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One linear that experts change; `place` is its index among all targets of the layout."""
+    """One linear that experts change; `place` is its index among all targets of the layout.
+
+    bypassed: the base reads its weight and does not call it, so that nothing beside the weight would be heard of.
+    """
 
     name: str
     module: nn.Module
     place: int
     d_in: int
     d_out: int
+    bypassed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,10 @@ def layout(model: Any) -> Layout:
     A target that this pass does not come to stands in a group of its own, after the others.
     """
     modules = target_linears(model)
-    groups = _grouped(list(modules), _inputs(model, modules))
+    seen, logits = _inputs(model, modules)
+    groups = _grouped(list(modules), seen)
+    called = {name for name, _ in seen}
+    bypassed = _bypassed(model, {name: module for name, module in modules.items() if name not in called}, logits)
     names: dict[str, list[list[str]]] = {}
     for group in groups:
         names.setdefault(_layer(group[0]), []).append(group)
@@ -67,7 +74,7 @@ def layout(model: Any) -> Layout:
     for layer, members in names.items():
         made = []
         for group in members:
-            made.append(tuple(_target(name, modules[name], place + i) for i, name in enumerate(group)))
+            made.append(tuple(_target(name, modules[name], place + i, bypassed) for i, name in enumerate(group)))
             place += len(group)
         weight = made[0][0].module.weight
         blocks.append(Block(layer, tuple(made), weight.device))  # type: ignore[arg-type]
@@ -83,19 +90,61 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def _inputs(model: Any, modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    """Name and input of every target, in the order of the calls; the inputs are kept, so that identity means one."""
+def _inputs(model: Any, modules: dict[str, nn.Module]) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """Name and input of every target, in the order of the calls, and the logits of the pass.
+
+    The inputs are kept, so that identity means one.
+    """
     seen: list[tuple[str, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda _module, given, name=name: seen.append((name, given[0])))
         for name, module in modules.items()
     ]
     try:
-        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        logits = _pass(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return seen, logits
+
+
+def _pass(model: Any) -> Tensor:
+    """Logits of two tokens."""
+    logits: Tensor = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False).logits
+    return logits
+
+
+@torch.inference_mode()
+def _bypassed(model: Any, modules: dict[str, nn.Module], logits: Tensor) -> frozenset[str]:
+    """Those of the modules, which the pass that gave `logits` did not call, whose weights it read all the same.
+
+    With a weight that is not a number a pass gives other logits if it reads it, called or not (torch's own attention
+    reads its output projection so). A linear that this pass has no use for, such as that of an expert of the base's
+    own, is none of them.
+    """
+    plain = {name: module for name, module in modules.items() if type(module._parameters["weight"]) is nn.Parameter}
+    plain = {name: module for name, module in plain.items() if _can_be_nan(module)}
+    if not plain or not _reads(model, list(plain.values()), logits):
+        return frozenset()
+    return frozenset(name for name, module in plain.items() if _reads(model, [module], logits))
+
+
+def _can_be_nan(module: nn.Module) -> bool:
+    weight = module._parameters["weight"]
+    return weight is not None and weight.is_floating_point() and not weight.is_meta
+
+
+def _reads(model: Any, modules: Sequence[nn.Module], logits: Tensor) -> bool:
+    """Whether two tokens get other logits once these weights are no numbers."""
+    before = [module._parameters["weight"] for module in modules]
+    try:
+        for module, weight in zip(modules, before, strict=True):
+            nothing = torch.full((1, 1), float("nan"), dtype=weight.dtype, device=weight.device)  # type: ignore[union-attr]
+            module._parameters["weight"] = nn.Parameter(nothing.expand(weight.shape), requires_grad=False)  # type: ignore[union-attr]
+        return not torch.equal(_pass(model), logits)
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            module._parameters["weight"] = weight
 
 
 def _grouped(names: Sequence[str], seen: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
@@ -115,9 +164,9 @@ def _grouped(names: Sequence[str], seen: Sequence[tuple[str, Tensor]]) -> list[l
     return groups + [[name] for name in names if name not in known]
 
 
-def _target(name: str, module: nn.Module, place: int) -> Target:
+def _target(name: str, module: nn.Module, place: int, bypassed: frozenset[str]) -> Target:
     d_out, d_in = shape_of(module)
-    return Target(name, module, place, d_in, d_out)
+    return Target(name, module, place, d_in, d_out, name in bypassed)
 
 
 def _layer(name: str) -> str:

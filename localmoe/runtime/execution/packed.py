@@ -17,7 +17,7 @@ from torch import Tensor
 from localmoe.errors import BankError
 from localmoe.lora import Adapter
 from localmoe.runtime.execution.kernels import address
-from localmoe.runtime.execution.layout import Block, Layout
+from localmoe.runtime.execution.layout import Block, Layout, Target
 
 _LARGE = 4 * 2**20  # bytes; below, handing one half to another thread costs what it saves
 
@@ -180,8 +180,11 @@ def join(parts: Sequence[Any], out: Tensor) -> None:
 
 
 def check_fits(adapter: Adapter, layout: Layout) -> None:
-    """Raises BankError for a module that the base lacks or has in another shape."""
+    """Raises BankError for a module that the base lacks, has in another shape, or does not call."""
     shapes = {target.name: (target.d_out, target.d_in) for target in layout.targets}
+    for target in layout.targets:
+        if target.bypassed and target.name in adapter:
+            check_called(target, adapter[target.name].B)
     for name, update in adapter.items():
         found = (update.B.shape[0], update.A.shape[1])
         if name not in shapes:
@@ -194,6 +197,19 @@ def check_fits(adapter: Adapter, layout: Layout) -> None:
                 f"the expert changes {name} as if it were {list(found)}, and it is {list(shapes[name])}",
                 "was the bank built for another base? see `localmoe info BANK`",
             )
+
+
+def check_called(target: Target, update: Tensor) -> None:
+    """Raises BankError for a change, other than zero, of a weight that the base reads without a call.
+
+    Beside the weight it would do nothing, as it did in training; merged into the weight it would do something else.
+    """
+    if bool(update.any()):
+        raise BankError(
+            f"the expert changes {target.name!r}, whose weight the base reads without calling it: what it does there "
+            "would depend on how the mix is run",
+            "train or export the expert without this module",
+        )
 
 
 def _ranks(adapter: Adapter, layout: Layout) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Execution of mixes: three ways, one algebra; base weights that stay as they are; what is kept and what is not."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from mixing import TOLERANCE, executor, mix, oracle
 
 from localmoe.errors import BankError, UsageError
@@ -321,6 +323,24 @@ def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> Non
         run.prefetch(["nobody"]).result(timeout=60)
 
 
+def test_a_prefetch_that_is_cancelled_stops_after_the_expert_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun, go_on = executor(tiny.base("llama"), {}), threading.Event(), threading.Event()
+    loaded, before = list[str](), set(threading.enumerate())
+
+    def slowly(name: str) -> None:
+        loaded.append(name)
+        begun.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(run, "_expert", slowly)
+    future = run.prefetch(["a", "b", "c"])
+    assert begun.wait(60) and future.cancel()
+    go_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert loaded == ["a"]
+
+
 def test_experts_on_a_gpu_leave_room_for_the_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.base("llama")
     run = executor(model, {"a": tiny.random_adapter(model)})
@@ -372,6 +392,37 @@ def test_an_expert_that_does_not_fit_the_base_is_an_error_that_names_the_module(
     with pytest.raises(BankError, match="has no update for module"):
         executor(model, {"a": good, "b": few}).load([mix(a=0.5, b=0.5)])
     assert tiny.checksum(model) == before
+
+
+def test_an_expert_may_not_change_a_weight_that_the_base_reads_without_calling_it() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    mlp, name = model.model.layers[0].mlp, "model.layers.0.mlp.up_proj"
+
+    class Reading(type(mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * F.linear(x, self.up_proj.weight))
+
+    mlp.__class__ = Reading
+    before, changing = tiny.checksum(model), tiny.random_adapter(model)
+    with pytest.raises(BankError, match=f"{name}.*without calling it"):
+        executor(model, {"a": changing}).load([mix(a=1.0)])
+    harmless = changing | {name: LowRank(changing[name].A, changing[name].B * 0, changing[name].c)}
+    expected = oracle(model, {"a": harmless}, mix(a=1.0), IDS)
+    for way in WAYS:
+        logits = _logits(executor(model, {"a": harmless}), mix(a=1.0), way)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert tiny.checksum(model) == before
+
+
+def test_a_linear_that_the_base_has_no_use_for_may_be_changed() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    model.spare = torch.nn.Linear(4, 3)
+    adapters = {"a": tiny.random_adapter(model)}
+    assert "spare" in adapters["a"]
+    expected = oracle(model, adapters, mix(a=1.0), IDS)
+    for way in WAYS:
+        logits = _logits(executor(model, adapters), mix(a=1.0), way)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_weights_that_cannot_be_merged_into_are_refused_for_dense() -> None:
