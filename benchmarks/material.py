@@ -243,6 +243,8 @@ def multiplied(experts: Experts, count: int) -> Bank:
     """A bank of `count` experts, whose files are those of the first one by other names."""
     path, manifest = experts.numbered.parent / f"bank-of-{count}", experts.bank.manifest
     (path / "experts").mkdir(parents=True)
+    if manifest.trunk is not None:
+        (path / manifest.trunk.folder).symlink_to((experts.bank.path / manifest.trunk.folder).resolve())
     first = manifest.experts[0]
     rows = torch.nn.functional.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(0)), dim=1)
     records = []

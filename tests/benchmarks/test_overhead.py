@@ -95,6 +95,8 @@ def test_limits_are_the_slower_of_bytes_and_products() -> None:
     assert found["stacked"] == pytest.approx(factors / 100)
     slow = limits([(6, 4)], rank=2, experts=3, prompt=5, speed=speed | {"gemm_flop_per_second": 1.0})
     assert slow == {"dense": pytest.approx(2 * 6 * 4 * 6), "stacked": pytest.approx(2 * 5 * 6 * (6 + 4))}
+    one_A = limits([(6, 4)], rank=2, experts=3, prompt=5, speed=speed, shared=True)
+    assert one_A["stacked"] == pytest.approx(2 * 2 * (3 * 6 + 4) / 100)
 
 
 def test_the_bars_of_the_figure_add_up_to_the_call() -> None:
