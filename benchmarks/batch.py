@@ -76,8 +76,8 @@ def generate(
     return tokenizer.batch_decode(out[:, ids.shape[1] :])
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """Number of rows → tokens a second of every side, and what one is of another."""
+def measure(bench: Bench, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Number of rows → tokens a second of every side, and what one is of another; kept after every number of rows."""
     import material
     from sides import Ours
 
@@ -110,8 +110,9 @@ def measure(bench: Bench) -> dict[str, Any]:
                 peft.forget(rows)
         tokens = rows * arguments.new_tokens
         found[f"rows={rows}"] = _row(spent, tokens, distinct[1:], prepared[1:])
+        found[f"rows={rows}"]["limit_of_bytes"] = bound(bench, found[f"rows={rows}"]["distinct_experts"])
         _show(rows, found[f"rows={rows}"])
-    return found
+        keep(found)
 
 
 def _work(
@@ -191,21 +192,21 @@ def main() -> None:
         bench = Bench(arguments, Path(folder))
         print("memory bandwidth: " + ", ".join(f"{k} {v:.3g}" for k, v in bench.speeds.items()), flush=True)
         begun = time.time()
-        found = measure(bench)
-        for row in found.values():
-            row["limit_of_bytes"] = bound(bench, row["distinct_experts"])
         report = {
             "command": " ".join(sys.argv),
             "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "work")},
             "machine": machine.describe(arguments.device),
             "dtype": str(bench.model.dtype).removeprefix("torch."),
             "speeds": bench.speeds,
-            "rows": found,
-            "seconds": time.time() - begun,
         }
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+
+        def keep(found: dict[str, Any]) -> None:
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                whole = report | {"rows": found, "seconds": time.time() - begun}
+                arguments.json.write_text(json.dumps(whole, indent=1, default=str) + "\n", encoding="utf-8")
+
+        measure(bench, keep)
 
 
 def _arguments() -> argparse.Namespace:

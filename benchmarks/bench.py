@@ -38,8 +38,14 @@ class Bench:
 
         return planner(Executor(self.model, None, ExecutionConfig()), anew=True).calibration
 
-    def experts(self, rank: int, count: int, shared: bool = False) -> material.Experts:
+    @property
+    def shared(self) -> bool:
+        """Whether experts share A where nothing else is asked for (`--shared`)."""
+        return getattr(self.arguments, "shared", False)
+
+    def experts(self, rank: int, count: int, shared: bool | None = None) -> material.Experts:
         """Random experts, written when first asked for."""
+        shared = self.shared if shared is None else shared
         key = f"{'shared' if shared else 'own'}-{rank}-{count}"
         if key not in self._experts:
             base = self.arguments.base

@@ -82,22 +82,24 @@ def speeds(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def limits(
-    shapes: list[tuple[int, int]], rank: int, experts: int, prompt: int, speed: dict[str, float]
+    shapes: list[tuple[int, int]], rank: int, experts: int, prompt: int, speed: dict[str, float], shared: bool = False
 ) -> dict[str, float]:
     """Seconds that a mix must add to the first token, if bytes and FLOPs were all; weights and factors in bf16.
 
     dense: one pass over factors and weights, or 2·Σ d_out·d_in·N·r FLOP; stacked: the factors are read once, or
-    2·P·N·r·Σ(d_out + d_in) FLOP for a prompt of P tokens.
+    2·P·N·r·Σ(d_out + d_in) FLOP for a prompt of P tokens. shared: experts of one A, of which N·B are read and added up
+    to one of rank r, which is applied.
     """
-    inner = rank * experts
-    factors = 2 * inner * sum(d_out + d_in for d_out, d_in in shapes)
+    inner = rank if shared else rank * experts
+    applied = 2 * inner * sum(d_out + d_in for d_out, d_in in shapes)
+    factors = 2 * rank * sum(experts * d_out + (1 if shared else experts) * d_in for d_out, d_in in shapes)
     weights = 2 * sum(d_out * d_in for d_out, d_in in shapes)
     read, copy, gemm = (
         speed[key] for key in ("read_bytes_per_second", "copy_bytes_per_second", "gemm_flop_per_second")
     )
     return {
         "dense": max(factors / read + 2 * weights / copy, weights * inner / gemm),
-        "stacked": max(factors / read, prompt * factors / gemm),
+        "stacked": max(factors / read, prompt * applied / gemm),
     }
 
 

@@ -18,7 +18,16 @@ import torch
 from localmoe.bank.adapters import write_adapter
 from localmoe.bank.files import write_json, write_table, write_tensors
 from localmoe.bank.generations import commit
-from localmoe.bank.manifest import FORMAT, BaseRecord, EncoderRecord, ExpertRecord, Manifest, Outcome, RouterRecord
+from localmoe.bank.manifest import (
+    FORMAT,
+    BaseRecord,
+    EncoderRecord,
+    ExpertRecord,
+    Manifest,
+    Outcome,
+    RouterRecord,
+    Training,
+)
 from localmoe.bank.store import Bank
 from localmoe.config import RouteConfig
 from localmoe.lora import Adapter, LowRank, weight_of
@@ -120,11 +129,12 @@ def write_experts(folder: Path, model: Any, base: str, count: int, rank: int, sh
     transposed = needs_transpose(model)
     trunk = _adapter(model, rank, generator, None)
     written = write_adapter(path, "trunk", trunk, base, transposed) if shared else None
+    training = Training(tokens=1000, steps=1, first_loss=2.0, last_loss=1.9, learning_rate=1e-3, attempts=1)
     outcome = Outcome(status="good", documents=4, nll=1.9, reference_nll=2.0, reason=None)
     experts = []
     for row in range(count):
         adapter = _adapter(model, rank, generator, trunk if shared else None)
-        record = write_adapter(path, f"experts/e{row:03d}", adapter, base, transposed)
+        record = write_adapter(path, f"experts/e{row:03d}", adapter, base, transposed, training)
         (numbered / str(row)).symlink_to((path / record.folder).resolve())
         experts.append(
             ExpertRecord(
@@ -233,6 +243,8 @@ def multiplied(experts: Experts, count: int) -> Bank:
     """A bank of `count` experts, whose files are those of the first one by other names."""
     path, manifest = experts.numbered.parent / f"bank-of-{count}", experts.bank.manifest
     (path / "experts").mkdir(parents=True)
+    if manifest.trunk is not None:
+        (path / manifest.trunk.folder).symlink_to((experts.bank.path / manifest.trunk.folder).resolve())
     first = manifest.experts[0]
     rows = torch.nn.functional.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(0)), dim=1)
     records = []

@@ -53,6 +53,7 @@ def _child(bench: Bench, side: str, experts: Experts, rank: int, active: int) ->
     command += ["--base", arguments.base, "--experts", str(arguments.experts), "--ranks", str(rank)]
     command += ["--prompt-tokens", str(arguments.prompt_tokens)]
     command += ["--shape", arguments.shape] if arguments.shape else []
+    command += ["--shared"] if arguments.shared else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -66,7 +67,7 @@ def worker(arguments: argparse.Namespace) -> dict[str, int]:
 
     model, tokenizer = load_base(arguments.base, arguments.shape, arguments.device), load_tokenizer(arguments.base)
     numbered = Path(arguments.numbered)
-    experts = Experts(Bank.open(numbered.parent / "bank"), numbered, arguments.ranks[0], False)
+    experts = Experts(Bank.open(numbered.parent / "bank"), numbered, arguments.ranks[0], arguments.shared)
     texts = prompts(tokenizer, arguments.prompt_tokens)
     BaseAlone(model, tokenizer, arguments.device).answer(next(texts), None, 8)
     gc.collect()
@@ -119,7 +120,7 @@ def _thousand(model: Any, tokenizer: Any, experts: Experts) -> dict[str, int]:
     bank = multiplied(experts, 1000)
     gc.collect()
     before = machine.resident_bytes()
-    engine = Ours(model, tokenizer, Experts(bank, experts.numbered, experts.rank, False), None, "auto")
+    engine = Ours(model, tokenizer, Experts(bank, experts.numbered, experts.rank, experts.shared), None, "auto")
     after = machine.resident_bytes()
     del engine
     return {"added_unused": sum(after.values()) - sum(before.values()), "bar": UNUSED}

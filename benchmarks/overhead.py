@@ -1,7 +1,7 @@
 """Overhead: what a prompt's own model costs over the base model alone, ours against `ttmerge` 0.0.4, in turn.
 
     python benchmarks/overhead.py [--active 3 10] [--ranks 16 64] [--experts 32] [--rounds 9] [--parts PART ...]
-                                  [--base MODEL | --shape llama-3.2-1b] [--device cuda] [--json PATH]
+                                  [--shared] [--base MODEL | --shape llama-3.2-1b] [--device cuda] [--json PATH]
 
 Experts are random; base, experts, mixes, prompts and dtype are the same on both sides. `ttmerge` keeps its experts in
 memory and on the device (`cold` aside), and gets what is needed to merge any N (its limit of 50 lifted).
@@ -12,7 +12,8 @@ On a GPU our load and merge, but for those of part `merge`, end when it was aske
 
 Parts: first (every stage, experts in memory, no encoder), encoder (with it), cold (experts on disk, page cache empty),
 answers (32 and 100 new tokens), merge (select, load and merge to a dense model; on a GPU with experts there and in
-main memory), switch (dense against bare addmm), shared (experts of one A), memory.
+main memory), switch (dense against bare addmm), shared (experts of one A: N = 30 against 3), memory. With `--shared`
+all experts have one A, which is what recipe `joint` makes; a bare addmm is then of rank r.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--active", nargs="+", type=int, default=[3, 10], help="N, exactly")
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--experts", type=int, default=32, help="K; at least the largest N")
+    parser.add_argument("--shared", action="store_true", help="experts that share one A, in every part")
     parser.add_argument("--full", action="store_true", help="N = 1, 3, 10, 30, 100 and K = 100")
     parser.add_argument("--prompt-tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=9)

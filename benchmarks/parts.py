@@ -27,8 +27,11 @@ def first(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
             name = f"N={active} r={rank}"
             rounds = _warm(bench, sides, active)
             medians = stages(rounds)
-            limit = machine.limits(bench.shapes, rank, active, bench.arguments.prompt_tokens, bench.speeds)
-            addmm = statistics.median(machine.seconds(_addmms(bench, rank * active), 5, bench.device))
+            limit = machine.limits(
+                bench.shapes, rank, active, bench.arguments.prompt_tokens, bench.speeds, bench.shared
+            )
+            inner = rank if bench.shared else rank * active
+            addmm = statistics.median(machine.seconds(_addmms(bench, inner), 5, bench.device))
             bare = {"limit": limit, "bare_addmm": addmm, "execution": str(ours.last)}
             found[name] = {"medians": medians, "ratio": ratio(medians), **bare, "rounds": rounds}
             found[name]["ratio_of_whole_calls"] = ratio(medians, key="added_total")
@@ -161,7 +164,7 @@ def merge(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
                 for side, times in rounds.items()
             }
             over = medians["ttmerge"]["all"] / medians["localmoe"]["all"]
-            limit = machine.limits(bench.shapes, rank, active, 1, bench.speeds)["dense"]
+            limit = machine.limits(bench.shapes, rank, active, 1, bench.speeds, bench.shared)["dense"]
             name = f"N={active} r={rank}, experts on the {place}"
             found[name] = {"medians": medians, "ratio": over, "limit": limit, "rounds": rounds}
             print(f"merge, {name} (ms, medians; limit {limit * 1e3:.2f}, ttmerge over ours {over:.2f})")
@@ -180,7 +183,7 @@ def switch(bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     Of experts with an A each, and of experts of one A, whose factors are summed before: there one addmm is of rank r.
     """
     found = {}
-    for rank, one_A in itertools.product(bench.arguments.ranks, (False, True)):
+    for rank, one_A in itertools.product(bench.arguments.ranks, (True,) if bench.shared else (False, True)):
         experts = bench.experts(rank, bench.arguments.experts, shared=one_A)
         ours = Ours(bench.model, bench.tokenizer, experts, None, "dense")
         for active in bench.arguments.active:

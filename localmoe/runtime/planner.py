@@ -88,8 +88,11 @@ class CalibratedPlanner:
 
 def predict(calibration: Calibration, work: Work, choice: Choice) -> float:
     """Seconds to merge or gather, to run the prompts, and to draw `new_tokens` tokens a row."""
-    read = work.rank * (_SHARED_READ if work.shared else 1.0)
-    inner = work.rank / max(work.experts, 1) if work.shared and work.mixes == 1 else work.rank
+    read, inner, again = work.rank, work.rank, work.rank
+    if work.shared:  # one expert of their rank for every mix, whose B is read again at every token
+        inner = work.rank / max(work.experts, 1)
+        again = inner * (1 - _SHARED_READ + _SHARED_READ * work.mixes)
+        read = work.rank * _SHARED_READ + (again - inner)
     tokens, steps = work.rows * work.prompt_tokens, max(work.new_tokens - 1, 0)
     merges = choice.prefill == "dense" or (choice.decode == "dense" and steps > 0)
     write = calibration.time("write", 0, read, inner) if merges and not work.held else 0.0
@@ -100,7 +103,7 @@ def predict(calibration: Calibration, work: Work, choice: Choice) -> float:
     if choice.decode == "dense":
         step = calibration.time("base step", work.rows)
     else:
-        step = calibration.time("beside step", work.rows, inner, inner)
+        step = calibration.time("beside step", work.rows, again, inner)
     return write + prefill + steps * step
 
 

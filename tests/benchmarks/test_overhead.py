@@ -1,14 +1,16 @@
 """What the overhead benchmarks compute from times, and that both sides of it are asked for the same mix."""
 
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from batch import _row
 from bench import in_turn, ratio, stages
 from machine import limits
-from material import BETA, TAU, centroids, mixed_queries, routing
+from material import BETA, TAU, centroids, mixed_queries, routing, write_experts
 from plots import against_experts, bars
 from sides import Times
 
@@ -93,6 +95,8 @@ def test_limits_are_the_slower_of_bytes_and_products() -> None:
     assert found["stacked"] == pytest.approx(factors / 100)
     slow = limits([(6, 4)], rank=2, experts=3, prompt=5, speed=speed | {"gemm_flop_per_second": 1.0})
     assert slow == {"dense": pytest.approx(2 * 6 * 4 * 6), "stacked": pytest.approx(2 * 5 * 6 * (6 + 4))}
+    one_A = limits([(6, 4)], rank=2, experts=3, prompt=5, speed=speed, shared=True)
+    assert one_A["stacked"] == pytest.approx(2 * 2 * (3 * 6 + 4) / 100)
 
 
 def test_the_bars_of_the_figure_add_up_to_the_call() -> None:
@@ -117,3 +121,12 @@ def test_ratios_of_a_batch_are_medians_of_rounds() -> None:
     assert row["tokens_per_second"] == {"base": 4.0, "localmoe": 4.0}
     assert row["ratios"] == {"localmoe / base": 0.75}
     assert row["distinct_experts"] == 7
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_of_one_a_have_one_in_the_bank_that_is_measured(tmp_path: Path, shared: bool) -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    bank = write_experts(tmp_path, model, "base", 3, 2, shared).bank
+    module = next(iter(bank.adapter("e000")))
+    first, second = (bank.adapter(name)[module].A for name in ("e000", "e001"))
+    assert (first is second) == shared

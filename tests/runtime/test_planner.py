@@ -85,6 +85,13 @@ def test_experts_that_share_a_are_applied_at_one_rank() -> None:
     assert predict(CALIBRATION, shared, STACKED) == pytest.approx(prefill + 31 * step)
 
 
+def test_every_mix_of_experts_that_share_a_is_one_expert_whose_sum_is_read_at_every_token() -> None:
+    work = replace(WORK, rows=4, mixes=4, experts=20, rank=320.0, shared=True)
+    prefill = 0.025 + 80 * 0.001 + (160 + 3 * 8) * 0.00004 + 80 * 16 * 0.000002
+    step = 0.023 + 4 * 0.001 + (8 + 4 * 8) * 0.00003 + 4 * 16 * 0.000001
+    assert plan(work).predicted == {GROUPED: pytest.approx(prefill + 31 * step)}
+
+
 def test_the_base_model_alone_has_no_experts() -> None:
     assert predict(CALIBRATION, replace(WORK, experts=0, rank=0.0), STACKED) > 0
 

@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from localmoe.errors import UsageError
 from localmoe.runtime.execution import kernels
-from localmoe.runtime.execution.dense import is_plain
 from localmoe.runtime.execution.kernels import Buffer, Located, located
+from localmoe.runtime.execution.lanes import BlockLanes, Lane
 from localmoe.runtime.execution.layout import Layout, Target
-from localmoe.runtime.execution.workspace import Active, Factors, Workspace, level_for
+from localmoe.runtime.execution.workspace import Active, Workspace, level_for, on
 
 _PLANS = 256
 _NEAR_SUMMED = 8  # tokens that the sum of experts with one A is multiplied with where it lies
@@ -32,15 +31,15 @@ class Beside:
     One product with A serves all targets of a group, since they read one input. The rows of a batch may have mixes of
     their own: the weights multiply the narrow activations x Aᵀ, so no factor is copied for a row or a token.
     Few tokens are multiplied with the factors where they lie (`kernels`), many with factors gathered side by side;
-    where there are no kernels, or a batch's experts share A, all are. Experts of one mix that share A are summed, and
-    then run as one. `held` says whose factors stay gathered, if any do.
+    where there are no kernels all are. Experts of one mix that share A are summed, and then run as one: of a batch,
+    every row has x Aᵀ and a sum of its own. `held` says whose factors stay gathered, if any do.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.passing = Workspace(layout, whole=False)
         self.staying = Workspace(layout, whole=True)
         self.held: object = None
-        self._blocks = [_BlockLanes(self, layout, index) for index in range(len(layout.blocks))]
+        self._blocks = [BlockLanes(self, layout, index) for index in range(len(layout.blocks))]
         self._lanes = [lane for block in self._blocks for group in block.groups for lane in group.lanes]
         self._groups = [group for block in self._blocks for group in block.groups]
         self._plans: dict[object, _Plan] = {}
@@ -51,11 +50,17 @@ class Beside:
         """The kernels that multiply them there."""
         self._weights: dict[int, Tensor] = {}
         self._one = torch.ones(1, 1)
+        self._set_numbers = np.zeros(0, dtype=np.int64)
+        self._in_order = True
         self.summed = False
-        """Whether the experts are one: Σ w_k B_k at the A that they share."""
+        """Whether the experts of a mix are one: Σ w_k B_k at the A that they share."""
+        self.sets: Tensor | None = None
+        """Of a batch of such mixes, which of the sums each row has, [rows] int64."""
         self.active: Active | None = None
+        self.filled: Active | None = None
+        """What is gathered, where that is not `active`: every mix of a batch once, and rows that have left too."""
         self.workspace = self.passing
-        self.current: _BlockLanes | None = None
+        self.current: BlockLanes | None = None
 
     @property
     def bytes(self) -> int:
@@ -88,7 +93,16 @@ class Beside:
         if self.active is None or not self.active.by_row:
             raise UsageError("there is no batch of different mixes to go on with", "attach one first")
         self.active = replace(self.active, weights=self.active.weights[list(rows)])
-        self._weigh(self.active)
+        self._weights = {}
+        if self.sets is None:
+            self._weigh(self.active)
+        elif self.level > 0:
+            self._choose(self.sets[list(rows)])
+        else:
+            self._sum_rows(self.active)
+            self.held = None
+            for block in self._blocks:
+                block.ready = False
 
     def _plan(self, active: Active) -> _Plan:
         """How the narrow activations are laid out; the same object for experts of the same ranks."""
@@ -100,27 +114,47 @@ class Beside:
         return self._plans[key]
 
     def _begin(self, active: Active, stay: bool, key: object) -> None:
-        self.summed = active.shared is not None and active.single
-        self.near = kernels.TOKENS[self.level] if active.shared is None else 0
-        if self.summed:  # one expert of rank r is little to gather: what is saved is torch's time for a small product
-            self.near = min(_NEAR_SUMMED, kernels.TOKENS[self.level])
+        self.summed = active.shared is not None
+        self.near = kernels.TOKENS[self.level]
+        if self.summed and active.single:  # one expert of rank r is little to gather: torch's own time is what is saved
+            self.near = min(_NEAR_SUMMED, self.near)
         again = stay and key is not None and key == self.held
         self.active, self.workspace, self.current = active, self.staying if stay else self.passing, None
+        self.filled = self.sets = None
+        if self.summed and active.by_row:
+            self._sum_rows(active)
         for block in self._blocks:
             block.ready = block.ready and again
         self._weigh(active)
         if stay:
             self.held = key  # blocks are gathered when they are first come to; `ready` says which are
 
+    def _sum_rows(self, active: Active) -> None:
+        """Decides which sums are gathered: equal ones once, where kernels find each row's; else one for every row."""
+        self.filled, sets = active, list(range(len(active.weights)))
+        if self.level > 0:
+            places: dict[tuple[float, ...], int] = {}
+            sets = [places.setdefault(tuple(row), len(places)) for row in active.weights.tolist()]
+            self.filled = replace(active, weights=active.weights[[sets.index(place) for place in range(len(places))]])
+        self._choose(torch.tensor(sets, device="cpu"))
+
+    def _choose(self, sets: Tensor) -> None:
+        self.sets, self._set_numbers = sets, sets.numpy()
+        self._in_order = sets.tolist() == list(range(len(self.filled.weights)))  # type: ignore[union-attr]
+
+    def of_rows(self, Bt: Tensor) -> Tensor:
+        """Each row's sum of a target [rows, r, d_out], of those that are gathered [S, r, d_out]."""
+        return Bt if self._in_order else Bt[self.sets]
+
     def _weigh(self, active: Active) -> None:
         """Gives every group the weights of its narrow activations."""
-        plan = self._plan(active)
-        made = [_coefficients(active, ranks) for ranks in plan.ranks]
-        on = {(kind, group.device) for group, kind in zip(self._groups, plan.groups, strict=True)}
-        there = {} if self.summed else {(kind, device): _on(made[kind], device) for kind, device in on}
+        plan, made, there = self._plan(active), list[Tensor](), dict[tuple[int, torch.device], Tensor]()
+        if not self.summed:
+            made = [_coefficients(active, ranks) for ranks in plan.ranks]
+            places = {(kind, group.device) for group, kind in zip(self._groups, plan.groups, strict=True)}
+            there = {(kind, device): on(made[kind], device) for kind, device in places}
         for group, kind in zip(self._groups, plan.groups, strict=True):
-            group.c = there.get((kind, group.device))
-            group.sizes, group.spread = plan.sizes[kind], active.shared is not None and not self.summed
+            group.c, group.sizes = there.get((kind, group.device)), plan.sizes[kind]
         self._weights = {}
         if self.near > 0 and not self.summed:
             self._locate(active, plan)
@@ -143,9 +177,12 @@ class Beside:
             )
         return kernels.narrow(self.level, rows.contiguous(), A, self._weights[tokens], width, self.buffer)
 
-    def widen(self, y: Tensor, Bt: Located, narrow: Tensor) -> None:
-        """y += what the narrow activations give a target."""
-        kernels.widen(self.level, y, Bt, narrow, self.buffer)
+    def widen(self, y: Tensor, lane: Lane, narrow: Tensor) -> None:
+        """y += what the narrow activations give a target; y [tokens, d_out] bf16."""
+        if self.sets is not None:
+            kernels.widen_rows(y, lane.Bt, self._set_numbers, narrow, lane.start)
+        elif lane.located is not None:
+            kernels.widen(self.level, y, lane.located, narrow, self.buffer)
 
 
 class _Plan(NamedTuple):
@@ -189,188 +226,3 @@ def _coefficients(active: Active, ranks: tuple[tuple[int, ...], ...]) -> Tensor:
     weights = active.weights
     wide = torch.cat([weights.repeat_interleave(torch.tensor(each), dim=1) for each in ranks], dim=1)
     return wide[0] if active.single else wide[:, None]
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor in main memory on a device; a GPU's copy does not wait for what the GPU is at."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _lying(factor: Tensor, rows: int, place: int) -> Located:
-    """One contiguous factor of so many rows, whose numbers begin at `place` of a row of n."""
-    return located(np.array([[factor.data_ptr()]]), 0, np.array([[rows], [place]]))
-
-
-class _BlockLanes:
-    """One block of the layout, ready when its factors are gathered."""
-
-    def __init__(self, owner: Beside, layout: Layout, index: int) -> None:
-        self.owner = owner
-        self.index = index
-        self.device = layout.blocks[index].device
-        self.ready = False
-        self.groups = [_GroupLanes(self, group) for group in layout.blocks[index].groups]
-        self._factors: Factors | None = None
-
-    def fill(self) -> None:
-        """Gathers the factors; if one block's are kept at a time, those of the block before are given up."""
-        owner = self.owner
-        if owner.active is None:
-            raise UsageError("this execution has ended", "run the model inside the context that attached it")
-        if owner.workspace is owner.passing and owner.current is not None:
-            owner.current.ready = False
-            owner.current.forget()
-        owner.current = self
-        factors = owner.workspace.fill(self.index, owner.active, merge_shared=owner.active.single)
-        if factors is not self._factors:
-            self._factors = factors
-            Bt = iter(factors.Bt)
-            for group, At in zip(self.groups, factors.At, strict=True):
-                group.At = At
-                for lane in group.lanes:
-                    lane.Bt = next(Bt)
-        if owner.summed and owner.near > 0:
-            for group in self.groups:
-                group.locate()
-        self.ready = True
-
-    def forget(self) -> None:
-        """Lets go of the activations of the last pass."""
-        for group in self.groups:
-            group.x = group.rows = group.together = None
-            group.narrow = ()
-
-
-class _GroupLanes:
-    """The targets that read one input, and the narrow activations that the first of them leaves for the others."""
-
-    def __init__(self, block: _BlockLanes, targets: tuple[Target, ...]) -> None:
-        self.block = block
-        self.targets = targets
-        self.device = block.device
-        self.d_in = targets[0].d_in
-        self.lanes = [_Lane(self, target, i) for i, target in enumerate(targets)]
-        self.At: Tensor = torch.empty(0)
-        self.c: Tensor | None = None
-        self.sizes: list[int] = []
-        self.spread = False
-        self.x: Tensor | None = None
-        self.rows: Tensor | None = None
-        self.narrow: Sequence[Tensor] = ()
-        self.A: Located | None = None
-        self.width = 0
-        self.together: Tensor | None = None
-
-    def read(self, x: Tensor) -> None:
-        """(x Aᵀ)·w for every target of the group, [tokens, R_t] each, or for all of them `together`."""
-        owner, self.rows = self.block.owner, x.reshape(-1, self.d_in)
-        near = len(self.rows) <= owner.near and x.dtype == torch.bfloat16
-        near = near and not (x.requires_grad and torch.is_grad_enabled())
-        if near and owner.summed and not self.block.ready:
-            self.block.fill()
-        if near and self.A is not None and owner.active is not None:
-            if owner.active.by_row:
-                self._check_rows(x, len(owner.active.weights))
-            self.together = owner.narrow(x, self.rows, self.A, self.width)
-        else:
-            self.together, self.narrow = None, self._gathered(x)
-        self.x = x
-
-    def locate(self) -> None:
-        """Tells the kernels where the gathered factors lie, as those of one expert."""
-        ranks = np.array([len(lane.Bt) for lane in self.lanes])
-        self.width, places = int(ranks.sum()), ranks.cumsum() - ranks
-        self.A = _lying(self.At.t(), self.width, 0)
-        for lane, rank, place in zip(self.lanes, ranks.tolist(), places.tolist(), strict=True):
-            lane.located = _lying(lane.Bt, rank, place)
-
-    def _gathered(self, x: Tensor) -> Sequence[Tensor]:
-        if not self.block.ready:
-            self.block.fill()
-        narrow = torch.mm(self.rows, self.At)  # type: ignore[arg-type]
-        if self.spread:
-            return self._spread(x, narrow)
-        if self.c is not None and self.c.dim() == 3:
-            self._by_row(x, narrow).mul_(self.c)
-        elif self.c is not None:
-            narrow.mul_(self.c)
-        return narrow.split_with_sizes(self.sizes, 1)
-
-    def _spread(self, x: Tensor, narrow: Tensor) -> tuple[Tensor, ...]:
-        """Experts that share A: x Aᵀ once for all of them, times each row's weight of each expert."""
-        by_row, made, start, end = self._by_row(x, narrow), [], 0, 0
-        for lane, size in zip(self.lanes, self.sizes, strict=True):
-            wide = len(lane.Bt)
-            weights = self.c[:, :, end : end + wide]  # type: ignore[index]
-            repeated = by_row[:, :, start : start + size].repeat(1, 1, wide // size if size else 1)
-            made.append(repeated.mul_(weights).view(len(narrow), wide))
-            start, end = start + size, end + wide
-        return tuple(made)
-
-    def _by_row(self, x: Tensor, narrow: Tensor) -> Tensor:
-        rows = self.c.shape[0]  # type: ignore[union-attr]
-        self._check_rows(x, rows)
-        return narrow.view(rows, -1, narrow.shape[1])
-
-    def _check_rows(self, x: Tensor, rows: int) -> None:
-        """Raises UsageError for an input that is not one row for each mix."""
-        if x.dim() != 3 or x.shape[0] != rows:
-            raise UsageError(
-                f"{self.targets[0].name} was given {list(x.shape)} in a batch of {rows} different mixes",
-                "this base mixes the rows of a batch: run one prompt after another",
-            )
-
-
-class _Lane:
-    """One target: what takes the place of its `forward`."""
-
-    def __init__(self, group: _GroupLanes, target: Target, place: int) -> None:
-        self.group = group
-        self.target = target
-        self.module = target.module
-        self.place = place
-        self.d_out = target.d_out
-        self.Bt: Tensor = torch.empty(0)
-        self.located: Located | None = None
-        self._plain = False
-        self._base = target.module.forward
-
-    def attach(self, forward: object) -> None:
-        """Takes the place of `forward`, the instance's own one, if it has one (accelerate sets such)."""
-        self._plain = forward is None and type(self.module) is nn.Linear and is_plain(self.module)
-        self._base = self.module.forward
-        self.module.__dict__["forward"] = self.forward
-
-    def detach(self, forward: object) -> None:
-        """Puts back what was there."""
-        if forward is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.__dict__["forward"] = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d_in] → [..., d_out]."""
-        group = self.group
-        if x is not group.x:
-            group.read(x)
-        if self._plain:
-            parameters = self.module._parameters
-            y = F.linear(group.rows, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
-        else:
-            y = self._base(x).reshape(-1, self.d_out)
-        if group.together is not None and self.located is not None:
-            y = self._widened(y, group.together, self.located)
-        else:
-            y.addmm_(group.narrow[self.place], self.Bt)
-        return y.view(*x.shape[:-1], self.d_out)
-
-    def _widened(self, y: Tensor, narrow: Tensor, Bt: Located) -> Tensor:
-        owner = self.group.block.owner
-        if y.dtype == torch.bfloat16 and y.is_contiguous():
-            owner.widen(y, Bt, narrow)
-            return y
-        update = torch.zeros(y.shape, dtype=torch.bfloat16)  # a linear of another kind may give what it likes
-        owner.widen(update, Bt, narrow)
-        return y + update

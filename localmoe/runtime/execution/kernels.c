@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define WIDE 16  /* floats of a vector; rows, pairs and columns of a tile */
+#define SIDE (2 * WIDE) /* bf16 numbers of a vector; rows and columns of a block of two tiles */
 #define DEEP 64  /* rows of Bt that are multiplied at a time */
 #define SUMMED 2048 /* numbers that are summed at a time: their sums stay in the nearest cache */
 
@@ -51,6 +52,33 @@ INLINE words read_words(const uint16_t *from) {
 }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE __mmask32 low_bits(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
+
+/* 16 rows of 16 words, transposed. */
+BY_AVX512 INLINE void transpose(__m512i *row) {
+    __m512i made[WIDE];
+    for (int u = 0; u < WIDE; u += 2) {
+        made[u] = _mm512_unpacklo_epi32(row[u], row[u + 1]);
+        made[u + 1] = _mm512_unpackhi_epi32(row[u], row[u + 1]);
+    }
+    for (int u = 0; u < WIDE; u += 4) {
+        row[u] = _mm512_unpacklo_epi64(made[u], made[u + 2]);
+        row[u + 1] = _mm512_unpackhi_epi64(made[u], made[u + 2]);
+        row[u + 2] = _mm512_unpacklo_epi64(made[u + 1], made[u + 3]);
+        row[u + 3] = _mm512_unpackhi_epi64(made[u + 1], made[u + 3]);
+    }
+    for (int u = 0; u < 4; u++) {
+        made[u] = _mm512_shuffle_i32x4(row[u], row[u + 4], 0x88);
+        made[u + 4] = _mm512_shuffle_i32x4(row[u], row[u + 4], 0xdd);
+        made[u + 8] = _mm512_shuffle_i32x4(row[u + 8], row[u + 12], 0x88);
+        made[u + 12] = _mm512_shuffle_i32x4(row[u + 8], row[u + 12], 0xdd);
+    }
+    for (int u = 0; u < 8; u++) {
+        row[u] = _mm512_shuffle_i32x4(made[u], made[u + 8], 0x88);
+        row[u + 8] = _mm512_shuffle_i32x4(made[u], made[u + 8], 0xdd);
+    }
+}
 
 /* ---- narrow: out[t, j] = w[t, k] · Σ_i x[t, i] A_k[j, i], for some rows j of one A_k ---- */
 
@@ -136,15 +164,16 @@ BY_AMX static void open_tiles(void) {
 
 BY_AMX static void close_tiles(void) { _tile_release(); }
 
-/* Two numbers of each of 16 tokens, pair by pair, as a tile wants them; tokens that are not there are zero. */
-static void tile_tokens(const uint16_t *x, int64_t tokens, int64_t d, int64_t first, uint16_t *tiles) {
-    uint32_t *made = (uint32_t *)(void *)tiles;
-    for (int64_t v = 0; v < WIDE; v++)
-        for (int64_t p = 0; p < d / 2; p++) {
-            uint32_t pair = 0;
-            if (first + v < tokens) memcpy(&pair, x + (first + v) * d + 2 * p, sizeof pair);
-            made[p * WIDE + v] = pair;
-        }
+/* Two numbers of each of 16 tokens, pair by pair, as a tile wants them; tokens that are not there are zero, and d is a
+   multiple of 32. */
+BY_AVX512 static void tile_tokens(const uint16_t *x, int64_t tokens, int64_t d, int64_t first, uint16_t *tiles) {
+    for (int64_t i = 0; i < d; i += 2 * WIDE) {
+        __m512i row[WIDE];
+        for (int64_t v = 0; v < WIDE; v++)
+            row[v] = first + v < tokens ? _mm512_loadu_si512(x + (first + v) * d + i) : _mm512_setzero_si512();
+        transpose(row);
+        for (int64_t p = 0; p < WIDE; p++) _mm512_storeu_si512(tiles + i * WIDE + p * 2 * WIDE, row[p]);
+    }
 }
 
 /* ---- widen: sums[t, o] += Σ_j n[t, j] Bt[j, o], for some columns o and rows j of one Bt ---- */
@@ -247,7 +276,6 @@ BY_AVX512 static void lay_rows(const uint16_t *Bt, int64_t high, int64_t d_out, 
 
 /* Threads take parts of linears in turn. A part of A stays in tiles in the second cache, while Bt goes by, 32 of its
    columns at a time; the products are summed in tiles, and go past the caches into `out`. By AMX alone. */
-#define SIDE (2 * WIDE) /* of a block: two tiles */
 #define RESIDENT (1 << 20) /* bytes of A that stay in the second cache while Bt goes by */
 #define PASS 24 /* steps at most that are summed at a time, over a whole part of `out` */
 #define GROUP 1536 /* rows of out for which A is laid once */
@@ -265,8 +293,6 @@ struct block { /* sums [32, 32], columns as `interleave` leaves them, that are s
     int64_t high, broad, d;
 };
 
-INLINE __mmask32 low_bits(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
-
 /* 32 columns of A in tiles [steps, 2, 16 pairs, 16 columns, 2], the columns of a tile four of every eight. */
 BY_AVX512 static void interleave(const struct rows *all, int64_t step, int64_t column, int64_t broad, uint16_t *tiles) {
     __mmask32 there = low_bits(broad);
@@ -277,31 +303,6 @@ BY_AVX512 static void interleave(const struct rows *all, int64_t step, int64_t c
         if (k + 1 < all->count) odd = _mm512_maskz_loadu_epi16(there, all->A[k + 1] + column);
         _mm512_store_si512(tiles, _mm512_unpacklo_epi16(even, odd));
         _mm512_store_si512(tiles + WIDE * SIDE, _mm512_unpackhi_epi16(even, odd));
-    }
-}
-
-/* 16 rows of 16 words, transposed. */
-BY_AVX512 INLINE void transpose(__m512i *row) {
-    __m512i made[WIDE];
-    for (int u = 0; u < WIDE; u += 2) {
-        made[u] = _mm512_unpacklo_epi32(row[u], row[u + 1]);
-        made[u + 1] = _mm512_unpackhi_epi32(row[u], row[u + 1]);
-    }
-    for (int u = 0; u < WIDE; u += 4) {
-        row[u] = _mm512_unpacklo_epi64(made[u], made[u + 2]);
-        row[u + 1] = _mm512_unpackhi_epi64(made[u], made[u + 2]);
-        row[u + 2] = _mm512_unpacklo_epi64(made[u + 1], made[u + 3]);
-        row[u + 3] = _mm512_unpackhi_epi64(made[u + 1], made[u + 3]);
-    }
-    for (int u = 0; u < 4; u++) {
-        made[u] = _mm512_shuffle_i32x4(row[u], row[u + 4], 0x88);
-        made[u + 4] = _mm512_shuffle_i32x4(row[u], row[u + 4], 0xdd);
-        made[u + 8] = _mm512_shuffle_i32x4(row[u + 8], row[u + 12], 0x88);
-        made[u + 12] = _mm512_shuffle_i32x4(row[u + 8], row[u + 12], 0xdd);
-    }
-    for (int u = 0; u < 8; u++) {
-        row[u] = _mm512_shuffle_i32x4(made[u], made[u + 8], 0x88);
-        row[u + 8] = _mm512_shuffle_i32x4(made[u], made[u + 8], 0xdd);
     }
 }
 
@@ -484,6 +485,64 @@ static void list_rows(const struct linear *one, const uint16_t *const *A, const 
     for (int64_t k = all->count; k < all->steps * SIDE; k++) all->weights[k] = 0;
 }
 
+/* ---- rows: y[t, o] += Σ_j n[t, j] Bt[j, o] for the few tokens of one row, whose Bt no other row reads ---- */
+
+/* Numbers of a word each as two vectors of floats: those in the lower halves, and those in the upper. */
+struct both { __m512 lower, upper; };
+
+BY_AVX512 INLINE struct both read_both(const uint16_t *from, __mmask32 there) {
+    __m512i read = _mm512_maskz_loadu_epi16(there, from), upper = _mm512_set1_epi32((int)0xffff0000);
+    struct both made = {_mm512_castsi512_ps(_mm512_slli_epi32(read, 16)),
+                        _mm512_castsi512_ps(_mm512_and_si512(read, upper))};
+    return made;
+}
+
+BY_AVX512 INLINE void write_both(uint16_t *to, struct both sums, __mmask32 there) {
+    __m512i lower = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(sums.lower));
+    __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(sums.upper));
+    _mm512_mask_storeu_epi16(to, there, _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)));
+}
+
+/* Plain sums of one or two tokens, 128 columns of one row of Bt after another; the other token, if there is none, is the
+   same one. `soon`: what will be read after these columns. */
+BY_AVX512 INLINE void widen_strip(int two, uint16_t *const *y, int64_t columns, const uint16_t *Bt, int64_t step,
+                                  int64_t rows, const float *const *n, const uint16_t *soon) {
+    __mmask32 there[4];
+    struct both sums[2][4];
+    for (int u = 0; u < 4; u++) {
+        there[u] = low_bits(columns - u * SIDE);
+        for (int v = 0; v <= two; v++) sums[v][u] = read_both(y[v] + u * SIDE, there[u]);
+    }
+    for (int64_t j = 0; j < rows; j++)
+        for (int u = 0; u < 4; u++) {
+            struct both read = read_both(Bt + j * step + u * SIDE, there[u]);
+            SOON(soon + j * step + u * SIDE);
+            for (int v = 0; v <= two; v++) {
+                __m512 times = _mm512_set1_ps(n[v][j]);
+                sums[v][u].lower = _mm512_fmadd_ps(times, read.lower, sums[v][u].lower);
+                sums[v][u].upper = _mm512_fmadd_ps(times, read.upper, sums[v][u].upper);
+            }
+        }
+    for (int u = 0; u < 4; u++)
+        for (int v = 0; v <= two; v++) write_both(y[v] + u * SIDE, sums[v][u], there[u]);
+}
+
+/* All tokens of one row of a batch; every number of Bt comes from memory once. `next`: what will be read after it. */
+BY_AVX512 static void widen_row(uint16_t *y, int64_t tokens, int64_t y_step, int64_t columns, const uint16_t *Bt,
+                                int64_t step, int64_t rows, const float *n, int64_t n_step, const uint16_t *next) {
+    for (int64_t o = 0; o < columns; o += 4 * SIDE) {
+        const uint16_t *soon = o + 4 * SIDE < columns ? Bt + o + 4 * SIDE : next;
+        for (int64_t t = 0; t < tokens; t += 2) {
+            uint16_t *to[2] = {y + t * y_step + o, y + (t + 1) * y_step + o};
+            const float *by[2] = {n + t * n_step, n + (t + 1) * n_step};
+            if (t + 1 < tokens)
+                widen_strip(1, to, columns - o, Bt + o, step, rows, by, soon);
+            else
+                widen_strip(0, to, columns - o, Bt + o, step, rows, by, soon);
+        }
+    }
+}
+
 /* ---- one thread's part of a product, once for each level ---- */
 
 struct factors { /* of the active experts: where each begins, its rows, and its place in a row of n */
@@ -654,6 +713,20 @@ void localmoe_widen(int level, int64_t threads, uint16_t *y, int64_t tokens, int
     }
 }
 
+/* y[i, t, o] += Σ_j n[i, t, j] Bt_i[j, o], where Bt_i [rank, d_out] bf16 begins `sets_i · set_step` numbers after Bt:
+   y [rows, tokens, d_out] bf16, n [rows · tokens, n_step] fp32. */
+void localmoe_widen_rows(int64_t threads, uint16_t *y, int64_t rows, int64_t tokens, int64_t d_out, const uint16_t *Bt,
+                         const int64_t *sets, int64_t set_step, int64_t rank, const float *n, int64_t n_step) {
+    int64_t units = (d_out + SIDE - 1) / SIDE;
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t part = 0; part < threads; part++) {
+        int64_t first = units * part / threads * SIDE, end = least(units * (part + 1) / threads * SIDE, d_out);
+        for (int64_t i = 0; i < rows; i++)
+            widen_row(y + i * tokens * d_out + first, tokens, d_out, end - first, Bt + sets[i] * set_step + first, d_out,
+                      rank, n + i * tokens * n_step, n_step, Bt + sets[least(i + 1, rows - 1)] * set_step + first);
+    }
+}
+
 /* A [Σ rows, d] = the A_k under one another; B [d_out, Σ rows] = the weights_k · Bt_k, transposed, beside one another. */
 void localmoe_lay(int64_t threads, const uint16_t *const *A, const uint16_t *const *Bt, const int64_t *rows,
                   int64_t experts, int64_t d, int64_t d_out, const float *weights, uint16_t *all_A, uint16_t *all_B) {
@@ -708,13 +781,14 @@ void localmoe_merge(int64_t threads, int64_t linears, const int64_t *d, const in
     }
 }
 
-/* out = Σ_k weights_k · from_k, over `count` numbers. */
-void localmoe_sum(int64_t threads, const uint16_t *const *from, const float *weights, int64_t experts, int64_t count,
-                  uint16_t *out) {
+/* out_s = Σ_k weights_sk · from_sk of `size` numbers, one after another: counts_s parts of every set s. */
+void localmoe_sums(int64_t threads, const uint16_t *const *from, const float *weights, const int64_t *counts,
+                   int64_t sets, int64_t size, uint16_t *out) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t start = 0; start < count; start += SUMMED)
-        sum_part(from, weights, experts, start, least(count - start, SUMMED), out);
+    for (int64_t start = 0; start < size; start += SUMMED)
+        for (int64_t s = 0, seen = 0; s < sets; seen += counts[s++])
+            sum_part(from + seen, weights + seen, counts[s], start, least(size - start, SUMMED), out + s * size);
 }
 
-int localmoe_version(void) { return 2; } /* one more whenever a function here changes; see kernels.py */
+int localmoe_version(void) { return 3; } /* one more whenever a function here changes; see kernels.py */
 #endif

@@ -23,7 +23,7 @@ Level = Literal[0, 1, 2]
 
 NAMES: dict[Level, str] = {0: "none", 1: "AVX-512 BF16", 2: "AMX"}
 
-VERSION = 2
+VERSION = 3
 """Of the functions in kernels.c: a compiled file of another version is not used, nor one that holds none."""
 
 TOKENS: dict[Level, int] = {0: 0, 1: 48, 2: 384}
@@ -84,11 +84,27 @@ def widen(at: Level, y: Tensor, Bt: Located, narrow: Tensor, buffer: Buffer) -> 
     _loaded().localmoe_widen(at, threads, *given, buffer.of(tokens, 0, d_out))
 
 
+def widen_rows(y: Tensor, Bt: Tensor, sets: NDArray[np.int64], narrow: Tensor, place: int) -> None:
+    """y_i += n_i Bt_s(i) for every row i, rounded once: y [rows · T, d_out] and Bt [S, rank, d_out] bf16, sets [rows].
+
+    n [rows · T, width] fp32, of which the columns from `place` are multiplied; every Bt_s is contiguous.
+    """
+    (tokens, d_out), rows, threads = y.shape, len(sets), torch.get_num_threads()
+    given = (y.data_ptr(), rows, tokens // rows, d_out, Bt.data_ptr(), address(sets), Bt.stride(0), Bt.shape[1])
+    _loaded().localmoe_widen_rows(threads, *given, narrow.data_ptr() + place * narrow.itemsize, narrow.shape[1])
+
+
 def add(parts: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
-    """out = Σ_k w_k · part_k in fp32, rounded once; parts and `out` are bf16, of one size; weights [N] fp32."""
-    where = np.array([part.data_ptr() for part in parts])
-    given = (address(where), weights.data_ptr(), len(parts), out.numel(), out.data_ptr())
-    _loaded().localmoe_sum(torch.get_num_threads(), *given)
+    """out_s = Σ_k w_sk · part_k in fp32, rounded once: parts [n] bf16, weights [S, N] fp32, out [S, n] bf16.
+
+    Every number is read once for all s; a part of weight 0 is not read.
+    """
+    all_weights = weights.numpy()
+    sets, used = np.nonzero(all_weights)
+    where = np.array([part.data_ptr() for part in parts])[used]
+    chosen, counts = all_weights[sets, used], np.bincount(sets, minlength=len(weights))
+    given = (address(where), address(chosen), address(counts), len(weights), out.shape[1], out.data_ptr())
+    _loaded().localmoe_sums(torch.get_num_threads(), *given)
 
 
 def lay(A: Located, Bt: Located, weights: Tensor, all_A: Tensor, all_B: Tensor) -> None:
@@ -182,10 +198,11 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         "localmoe_bytes": number * 4,
         "localmoe_narrow": (*head, *address, *number, *address),
         "localmoe_widen": (*head, *address),
+        "localmoe_widen_rows": (*number, *address, *number * 3, *address * 2, *number * 2, *address, *number),
         "localmoe_merge_bytes": number * 2,
         "localmoe_merge": (*number * 2, *address * 7, *number, *address, *number, *address),
         "localmoe_lay": (*number, *address * 3, *number * 3, *address * 3),
-        "localmoe_sum": (*number, *address * 2, *number * 2, *address),
+        "localmoe_sums": (*number, *address * 3, *number * 2, *address),
     }
     sizes = dict.fromkeys(("localmoe_bytes", "localmoe_merge_bytes"), ctypes.c_int64)
     results = {"localmoe_level": ctypes.c_int, **sizes}

@@ -76,11 +76,21 @@ def level_for(layout: Layout) -> kernels.Level:
     return kernels.level() if fits and all(target.d_in % 32 == 0 for target in layout.targets) else 0
 
 
+def on(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in main memory on a device; a GPU's copy does not wait for what the GPU is at."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 _APART = 48 * 2**20  # bytes; a core that rewrites sooner what another core has just read waits for that core's cache
 
 
 class Factors(NamedTuple):
-    """The factors of one block: A per group, transposed, [d_in, Σ R_t]; Bt per target [R_t, d_out]."""
+    """The factors of one block: A per group, transposed, [d_in, Σ R_t]; Bt per target [R_t, d_out].
+
+    Of the sums of a batch [rows, r_t, d_out], each contiguous.
+    """
 
     At: tuple[Tensor, ...]
     Bt: tuple[Tensor, ...]
@@ -91,7 +101,7 @@ class Workspace:
 
     One block at a time costs little memory: on a processor, blocks take turns in `_APART` bytes (or in one block's, if
     that is more). All blocks are for factors that are read again at every token.
-    `merge_shared`: experts that share A become one of their rank, Σ w_k B_k.
+    `merge_shared`: experts that share A become one of their rank, Σ w_k B_k; of a batch one for each of its rows.
     """
 
     def __init__(self, layout: Layout, whole: bool) -> None:
@@ -119,7 +129,7 @@ class Workspace:
         in Bt already.
         """
         shared = active.shared
-        if shared is not None and merge_shared and active.single:
+        if shared is not None and merge_shared:
             return self._summed(index, active, shared)
         experts = active.experts
         size = sum([expert.blocks[index].numel() for expert in experts])
@@ -135,15 +145,18 @@ class Workspace:
     def _summed(self, index: int, active: Active, shared: SharedFactors) -> Factors:
         """Σ_k w_k Bt_k in fp32, rounded once; A is the shared one itself."""
         blocks = [expert.blocks[index] for expert in active.experts]
-        flat = self._flat(index, blocks[0].numel())
+        flat = self._flat(index, len(active.weights) * blocks[0].numel())
+        each = flat.view(len(active.weights), -1)
         if self._level > 0:
-            kernels.add(blocks, active.weights[0], flat)
+            kernels.add(blocks, active.weights, each)
+        elif active.by_row:
+            each.copy_(on(active.weights, flat.device) @ torch.stack(blocks).float())
         else:
             total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
             for block, weight in zip(blocks, active.scalars, strict=True):
                 total.add_(block, alpha=weight)
             flat.copy_(total)
-        return self._factors(index, flat, [shared.ranks], shared)
+        return self._factors(index, flat, [shared.ranks], shared, len(active.weights) if active.by_row else 0)
 
     def _flat(self, index: int, size: int) -> Tensor:
         device = self._layout.blocks[index].device
@@ -155,15 +168,21 @@ class Workspace:
         return self._memory[key][:size]
 
     def _factors(
-        self, index: int, flat: Tensor, ranks: Sequence[tuple[int, ...]], shared: SharedFactors | None
+        self, index: int, flat: Tensor, ranks: Sequence[tuple[int, ...]], shared: SharedFactors | None, rows: int = 0
     ) -> Factors:
-        """Views of the gathered memory; made again only where memory or ranks changed."""
-        key = (flat.data_ptr(), flat.numel(), *ranks, shared)
+        """Views of the gathered memory; made again only where memory or ranks changed. rows: of sums, if of a batch."""
+        key = (flat.data_ptr(), flat.numel(), rows, *ranks, shared)
         if index in self._views and self._views[index][0] == key:
             return self._views[index][1]
         block = self._layout.blocks[index]
         R = {target.place: sum(rank[target.place] for rank in ranks) for target in block.targets}
-        made = _views(block, flat, R, None if shared is None else shared.groups[index])
+        if shared is not None and rows:
+            sizes = [R[target.place] * target.d_out for target in block.targets]
+            parts = zip(block.targets, flat.view(rows, -1).split_with_sizes(sizes, 1), strict=True)
+            Bt = tuple(part.view(rows, R[target.place], target.d_out) for target, part in parts)
+            made = Factors(tuple(A.t() for A in shared.groups[index]), Bt)
+        else:
+            made = _views(block, flat, R, None if shared is None else shared.groups[index])
         self._views[index] = (key, made)
         return made
 

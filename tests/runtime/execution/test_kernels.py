@@ -178,12 +178,13 @@ def test_a_merge_by_tiles_keeps_infinities_and_nan_in_their_places() -> None:
 
 
 @HERE
-@given(st.integers(1, 5), st.integers(1, 5000))
-def test_the_sum_is_the_formula_rounded_once(parts: int, count: int) -> None:
+@given(st.integers(1, 5), st.integers(1, 5000), st.integers(1, 4))
+def test_sums_are_the_formula_rounded_once(parts: int, count: int, sets: int) -> None:
     factors = _factors([1] * parts, count, 3)
-    weights, out = torch.randn(parts), torch.empty(count, dtype=torch.bfloat16)
-    kernels.add(factors, weights, out)
-    expected = sum(weights[k].double() * factor[0].double() for k, factor in enumerate(factors))
+    weights, out = torch.randn(sets, parts), torch.full((sets, count), 7.0).bfloat16()
+    weights[torch.rand(sets, parts) < 0.3] = 0  # some are not read, perhaps none
+    kernels.add([factor[0] for factor in factors], weights, out)
+    expected = weights.double() @ torch.cat(factors).double()
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
 
 
@@ -365,7 +366,7 @@ def test_without_a_compiled_file_there_is_no_level(monkeypatch: pytest.MonkeyPat
     try:
         assert kernels.level() == 0
         with pytest.raises(RuntimeError, match="not compiled"):
-            kernels.add([torch.zeros(1)], torch.ones(1), torch.zeros(1))
+            kernels.add([torch.zeros(1)], torch.ones(1, 1), torch.zeros(1, 1))
     finally:
         kernels._library.cache_clear()
         kernels.level.cache_clear()
