@@ -74,21 +74,21 @@ for part in $parts; do
             measure "$kind-laboratory-250k" "$corpus" $prefix 256 "${small[@]}" --sample-tokens 250000 --clusters 16 --min-tokens 4000 \
                 --learning-rate 6e-3 --set train.batch=4 -- "${compared[@]}"
         done ;;
-    figures) # every method, and the paper's figures and tables, of one bank of a million tokens, beside banks of other K and encoders
-        some=("${small[@]}" --sample-tokens 1000000 --min-tokens 4000 --set corpus.test_fraction=0.15 --learning-rate 6e-3 --set train.batch=4)
-        measure wikipedia-laboratory-1m "$work/laboratory/corpus.jsonl" 50 256 "${some[@]}" --clusters 32 -- "${tuned[@]}" \
-            --set fine_tune.tune_tokens=300000 --set 'fine_tune.batches=[]' --set ttt.rate=5e-4 --set 'fine_tune.full_rates=[1e-4,3e-4,1e-3]' \
+    figures) # every method, and the paper's figures and tables, of the bank of a quarter of a million tokens, beside others of K and encoder
+        few=("${small[@]}" --sample-tokens 250000 --min-tokens 4000 --learning-rate 6e-3 --set train.batch=4) beside=()
+        measure wikipedia-laboratory-250k "$work/laboratory/corpus.jsonl" 50 256 "${few[@]}" --clusters 16 -- "${compared[@]}" \
+            --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=5e-4 --set 'fine_tune.full_rates=[1e-4,3e-4,1e-3]' \
             --methods $methods,merged-10,ensemble-3,ensemble-10,nearest,sift,members,entropy,context,ttt,fine-tuned-full
-        beside=()
-        for other in "8 static" "16 static" "32 all-MiniLM-L6-v2" "32 $mpnet"; do
+        for other in "8 static" "32 static" "16 all-MiniLM-L6-v2" "16 $mpnet"; do
             read -r clusters encoder <<<"$other"
-            bank=$work/wikipedia-laboratory-1m-$clusters-${encoder##*/}-bank
+            bank=$work/wikipedia-laboratory-250k-$clusters-${encoder##*/}-bank
             beside+=(--with "$bank")
             "$bin/localmoe" build "$work/laboratory/corpus.jsonl" "$bank" --max-passage 256 --set corpus.passages_per_document=1 \
-                "${some[@]}" --clusters "$clusters" --encoder "$encoder"
+                "${few[@]}" --clusters "$clusters" --encoder "$encoder"
         done
-        "$bin/localmoe" eval "$work/wikipedia-laboratory-1m-bank" -o results/wikipedia-laboratory-1m --prefix 50 --length 256 --documents 100 \
-            "${beside[@]}" --with results/mixed --with results/python-laboratory --figure all --set figure.overhead=results/overhead-answers.json ;;
+        "$bin/localmoe" eval "$work/wikipedia-laboratory-250k-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 \
+            --documents 100 "${beside[@]}" --with results/mixed --with results/python-laboratory --figure all \
+            --set figure.overhead=results/overhead-answers.json ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done
