@@ -23,6 +23,7 @@ from localmoe.terminal.options import (
     knob,
     lm_eval_config,
     lm_eval_options,
+    mix_memory_option,
     model_options,
     prompt_options,
     route_changes,
@@ -200,6 +201,7 @@ def generate(
 @click.argument("bank", type=PATH)
 @draw_options
 @execution_options
+@mix_memory_option()
 @routing_options
 @model_options
 @click.option("--sticky", is_flag=True, help="Keep the first message's mix: later answers begin sooner.")

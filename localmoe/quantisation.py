@@ -56,27 +56,41 @@ def _check(name: str, module: nn.Module, kind: str) -> None:
 
 
 def _to_integers(model: Any, targets: Mapping[str, Any], kind: str) -> None:
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    four = {
-        name
-        for name, module in targets.items()
-        if kind == "int4" and module.in_features % _GROUP == 0 and module.out_features % _ROWS == 0
-    }
-    settings = PrototypeInt4WeightOnlyConfig(group_size=_GROUP, set_inductor_config=False)
-    quantize_(model, settings, filter_fn=lambda _module, name: name in four)
+    four: set[str] = set()
+    if kind == "int4":
+        four = _to_int4(model, targets)
     eight = targets.keys() - four
     settings = Int8WeightOnlyConfig(set_inductor_config=False)
     quantize_(model, settings, filter_fn=lambda _module, name: name in eight)
 
 
+def _to_int4(model: Any, targets: Mapping[str, Any]) -> set[str]:
+    """Names of the linears that went to 4 bits."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    suited = {
+        name
+        for name, module in targets.items()
+        if module.in_features % _GROUP == 0 and module.out_features % _ROWS == 0
+    }
+    settings = PrototypeInt4WeightOnlyConfig(group_size=_GROUP, set_inductor_config=False)
+    quantize_(model, settings, filter_fn=lambda _module, name: name in suited)
+    return suited
+
+
 def _to_nf4(model: Any, targets: Mapping[str, Any]) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, module in targets.items():
-        if module.in_features % _BLOCK:
-            continue
+    suited = {name: module for name, module in targets.items() if module.in_features % _BLOCK == 0}
+    if not suited:
+        raise UsageError(
+            f"no linear of the base has rows of a multiple of {_BLOCK}, so that nf4 would leave all as they are",
+            "--quantised int8",
+        )
+    for name, module in suited.items():
         weight = module.weight
         packed = Linear4bit(
             module.in_features, module.out_features, bias=False, compute_dtype=weight.dtype, device="meta"

@@ -397,3 +397,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     result = run("chat", tiny_bank, *models, stdin="boat\nsail\n")
     assert (result.exit_code, result.stdout) == (0, "half an\nhalf an\n")
     assert result.stderr.count("(stopped)") == 2
+
+
+@pytest.mark.parametrize("size", ["-1", "inf", "nan"])
+def test_a_size_that_is_none_is_refused_by_its_option(tiny_bank: Path, models: list[str], size: str) -> None:
+    result = run("chat", tiny_bank, *models, "--mix-memory", size, stdin="boat\n")
+    assert result.exit_code == 2
+    assert "--mix-memory" in result.stderr and "is no size" in result.stderr

@@ -86,7 +86,7 @@ class Stream:
             try:
                 with executor.running(loaded, self.choice) as running:
                     yield from self._pieces(running.decode)
-            except GeneratorExit:  # whoever closes it has had enough: that is how long it was
+            except (GeneratorExit, KeyboardInterrupt):  # whoever ends it has had enough: that is how long it was
                 engine.lengths.note(self._tokens, limit)
                 raise
             engine.lengths.note(self._tokens, limit)

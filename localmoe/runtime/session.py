@@ -37,8 +37,7 @@ class Session:
 
         The conversation is as it was until `end`. Raises PromptError for a message that is empty or does not fit.
         """
-        if self._ahead is not None:
-            self._ahead.cancel()  # what was idle is at work again
+        self._stop_looking()  # what was idle is at work again
         turns = [*self.turns, {"role": "user", "content": message}]
         mix = self.mix if self.sticky else None
         return self._engine.start(turns, self._config, mix, self._memory)
@@ -49,12 +48,16 @@ class Session:
         self.mix = stream.mix
         self._ahead = None if self.sticky or stream.vector is None else self._look_ahead(stream.vector, stream.mix)
 
+    def _stop_looking(self) -> None:
+        if self._ahead is not None:
+            self._ahead.cancel()
+
     def _look_ahead(self, vector: np.ndarray, mix: Mix) -> Future[None] | None:
         """Loads experts that the next turn may need, while nobody waits; not into a cache that they would fill."""
-        executor = self._engine.executor
+        if not self._engine.executor.roomy:
+            return None
         near = self._engine.router.nearest_experts(vector, 2 * len(mix.experts))
-        fits = executor.host.bytes * 2 <= executor.host.limit
-        return self._engine.prefetch([expert for expert in near if expert not in mix.experts]) if fits else None
+        return self._engine.prefetch([expert for expert in near if expert not in mix.experts])
 
     def say(self, message: str) -> Iterator[str]:
         """The answer to the next message, piece by piece; an answer that is closed early stays as far as it came.
@@ -73,6 +76,7 @@ class Session:
 
     def reset(self) -> None:
         """Forgets the conversation, its mix included."""
+        self._stop_looking()
         self.turns.clear()
         self.mix = None
         self._memory.clear()

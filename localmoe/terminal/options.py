@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,34 +235,38 @@ def execution_options(function: F) -> F:
                 panel=panel,
                 type=click.Choice(["auto", "dense", "stacked", "grouped"]),
             ),
-            click.option(
+            _gigabytes(
                 "--expert-memory",
                 "host_bytes",
-                type=float,
-                metavar="GB",
-                panel=panel,
-                help="Experts kept in memory at most. [dim]\\[default: a quarter of the machine's][/dim]",
-            ),
-            click.option(
-                "--mix-memory",
-                "mix_cache_bytes",
-                type=float,
-                metavar="GB",
-                panel=panel,
-                help="Memory for more merged mixes than the last. "
-                f"[dim]\\[default: {default_of(ExecutionConfig, 'mix_cache_bytes') / 1e9:g}][/dim]",
+                "Experts kept in memory at most. [dim]\\[default: a quarter of the machine's][/dim]",
             ),
         ],
     )
 
 
+def mix_memory_option() -> Callable[[F], F]:
+    """Where many prompts are answered: memory for mixes that come again."""
+    default = f"[dim]\\[default: {default_of(ExecutionConfig, 'mix_cache_bytes') / 1e9:g}][/dim]"
+    return _gigabytes("--mix-memory", "mix_cache_bytes", f"Memory for more merged mixes than the last. {default}")
+
+
+def _gigabytes(flag: str, name: str, text: str) -> Callable[[F], F]:
+    """An option in GB, handed on in bytes."""
+
+    def in_bytes(_context: click.Context, _option: click.Parameter, value: float | None) -> int | None:
+        if value is None:
+            return None
+        if not 0 <= value < math.inf:
+            raise click.BadParameter(f"{value:g} is no size; give gigabytes, such as 2.5")
+        return int(value * 1e9)
+
+    return click.option(flag, name, type=float, callback=in_bytes, metavar="GB", panel="How to run a mix", help=text)
+
+
 def execution_config(options: dict[str, Any]) -> ExecutionConfig:
     """The fields of ExecutionConfig that were given; raises ConfigError for a value out of range."""
-    sizes = {name: options.get(name) for name in ("host_bytes", "mix_cache_bytes")}
-    given: dict[str, Any] = {name: int(size * 1e9) for name, size in sizes.items() if size is not None}
-    if options.get("execution") is not None:
-        given["execution"] = options["execution"]
-    return checked(ExecutionConfig, given)
+    given = {name: options.get(name) for name in ("execution", "host_bytes", "mix_cache_bytes")}
+    return checked(ExecutionConfig, {name: value for name, value in given.items() if value is not None})
 
 
 def eval_options(function: F) -> F:

@@ -12,6 +12,7 @@ import localmoe
 from localmoe.config import GenerateConfig
 from localmoe.errors import PromptError
 from localmoe.runtime.engine import Engine
+from localmoe.runtime.execution.cache import ExpertCache
 
 SHORT = GenerateConfig(max_new_tokens=6)
 MESSAGES = [tiny.sentence("sea", 1, 4), tiny.sentence("kitchen", 2, 4), tiny.sentence("sea", 3, 4)]
@@ -71,6 +72,12 @@ def test_after_a_turn_the_experts_next_to_its_mix_are_loaded_and_no_others_wait_
     assert set(near) >= set(session.mix.experts)
     session.begin(MESSAGES[1])
     assert future.cancelled()
+    other = engine.session(SHORT)
+    future = Future()
+    "".join(other.say(MESSAGES[0]))
+    other.reset()
+    assert future.cancelled() and len(asked) == 2
+    asked.pop()
     sticky = engine.session(SHORT, sticky=True)
     for message in MESSAGES[:2]:
         "".join(sticky.say(message))
@@ -78,6 +85,9 @@ def test_after_a_turn_the_experts_next_to_its_mix_are_loaded_and_no_others_wait_
     monkeypatch.setattr(engine.executor.host, "limit", engine.executor.host.bytes)
     "".join(session.say(MESSAGES[0]))
     assert len(asked) == 1  # they would take the place of those in use
+    monkeypatch.setattr(engine.executor, "host", ExpertCache(0))
+    "".join(session.say(MESSAGES[0]))
+    assert len(asked) == 1  # nothing is kept
 
 
 def test_an_answer_that_breaks_leaves_the_conversation_as_it_was_and_a_closed_one_stays(

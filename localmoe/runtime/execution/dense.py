@@ -163,7 +163,7 @@ class DenseBuffer:
     def _gather(self, index: int, active: Active, workspace: Workspace, weighted: bool = False) -> list[Product]:
         """The products of a block, with the weights in Bt; `weighted`: they are in it already."""
         block = self._layout.blocks[index]
-        factors = workspace.fill(index, active, merge_shared=True)
+        factors = workspace.fill(index, active)
         if index not in self._gathered or self._gathered[index].factors is not factors:
             pieces = _pieces(block, factors, active) if active.shared is None else []
             self._gathered[index] = _Gathered(factors, _products(block, factors), pieces)
@@ -197,7 +197,7 @@ class DenseBuffer:
             return kernels.Factors(A, Bt, np.array([expert.ranks for expert in active.experts]).T), active.weights[0]
         summed, where = [], []
         for index, parts in enumerate(shared.parts):
-            summed += [Bt.data_ptr() for Bt in self._sums.fill(index, active, merge_shared=True).Bt]
+            summed += [Bt.data_ptr() for Bt in self._sums.fill(index, active).Bt]
             where += [kernels.address(part) for part in parts]
         counts = np.array(shared.ranks)[:, None]
         return kernels.Factors(np.array(where)[:, None], np.array(summed)[:, None], counts), torch.ones(1)

@@ -135,7 +135,7 @@ class Executor:
         active = loaded.active
         return Work(
             rows=rows,
-            mixes=len(loaded.mixes),
+            mixes=len({(mix.experts, mix.weights, mix.method) for mix in loaded.mixes}),
             experts=0 if active is None else len(active.experts),
             rank=0.0 if active is None else active.rank,
             prompt_tokens=prompt_tokens,
@@ -197,6 +197,8 @@ class Executor:
             failed: BaseException | None = None
             try:
                 for expert in wanted:
+                    if not threading.main_thread().is_alive():
+                        done.cancel()
                     if done.cancelled():
                         break
                     self._expert(expert)
@@ -205,11 +207,18 @@ class Executor:
             if done.set_running_or_notify_cancel():
                 done.set_result(None) if failed is None else done.set_exception(failed)
 
-        threading.Thread(target=work, name="localmoe-prefetch", daemon=True).start()
+        # no daemon: a thread that the end of the program stops within torch would abort it
+        threading.Thread(target=work, name="localmoe-prefetch").start()
         return done
 
+    @property
+    def roomy(self) -> bool:
+        """Whether experts are kept in memory, and half of what is given for them is still free."""
+        caches = [cache for cache in (self.host, self._device) if cache is not None]
+        return all(0 < 2 * cache.bytes <= cache.limit for cache in caches)
+
     def forget(self) -> None:
-        """Lets go of all experts in memory and of all mixes."""
+        """Lets go of all experts in memory and of all mixes; a prefetch under way goes on."""
         self.host.clear()
         if self._device is not None:
             self._device.clear()

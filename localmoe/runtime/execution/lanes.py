@@ -31,8 +31,11 @@ class BlockLanes:
         self.groups = [GroupLanes(self, group) for group in layout.blocks[index].groups]
         self._factors: Factors | None = None
 
-    def fill(self) -> None:
-        """Gathers the factors; if one block's are kept at a time, those of the block before are given up."""
+    def fill(self, differentiated: bool = False) -> None:
+        """Gathers the factors; if one block's are kept at a time, those of the block before are given up.
+
+        differentiated: the way back will read them when those of another block lie where they lay.
+        """
         owner = self.owner
         if owner.active is None:
             raise UsageError("this execution has ended", "run the model inside the context that attached it")
@@ -40,7 +43,10 @@ class BlockLanes:
             owner.current.ready = False
             owner.current.forget()
         owner.current = self
-        factors = owner.workspace.fill(self.index, owner.filled or owner.active, merge_shared=owner.summed)
+        factors = owner.workspace.fill(self.index, owner.filled or owner.active)
+        if differentiated and owner.workspace is owner.passing:
+            own = factors.At if owner.summed else tuple(A.t().clone().t() for A in factors.At)
+            factors = Factors(own, tuple(B.clone() for B in factors.Bt))
         if factors is not self._factors:
             self._factors = factors
             Bt = iter(factors.Bt)
@@ -105,7 +111,7 @@ class GroupLanes:
 
     def _gathered(self, x: Tensor) -> Sequence[Tensor]:
         if not self.block.ready:
-            self.block.fill()
+            self.block.fill(differentiated=x.requires_grad and torch.is_grad_enabled())
         narrow = torch.mm(self.rows, self.At)  # type: ignore[arg-type]
         if self.block.owner.sets is not None:
             self._check_rows(x, len(self.block.owner.sets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +96,25 @@ def _inputs(model: Any, modules: dict[str, nn.Module]) -> tuple[list[tuple[str, 
     The inputs are kept, so that identity means one.
     """
     seen: list[tuple[str, Tensor]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _module, given, name=name: seen.append((name, given[0])))
-        for name, module in modules.items()
-    ]
+    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     try:
+        for name, module in modules.items():  # no hooks: a base's own code may call `forward` itself
+            module.__dict__["forward"] = _noting(seen, name, module.forward)
         logits = _pass(model)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for name, module in modules.items():
+            module.__dict__.pop("forward", None)
+            if before[name] is not None:
+                module.__dict__["forward"] = before[name]
     return seen, logits
+
+
+def _noting(seen: list[tuple[str, Tensor]], name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def noted(*given: Tensor, **named: Tensor) -> Tensor:
+        seen.append((name, next(iter((*given, *named.values())))))
+        return forward(*given, **named)
+
+    return noted
 
 
 def _pass(model: Any) -> Tensor:

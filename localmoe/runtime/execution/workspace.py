@@ -101,7 +101,7 @@ class Workspace:
 
     One block at a time costs little memory: on a processor, blocks take turns in `_APART` bytes (or in one block's, if
     that is more). All blocks are for factors that are read again at every token.
-    `merge_shared`: experts that share A become one of their rank, Σ w_k B_k; of a batch one for each of its rows.
+    Experts that share A become one of their rank, Σ w_k B_k; of a batch one for each of its rows.
     """
 
     def __init__(self, layout: Layout, whole: bool) -> None:
@@ -122,25 +122,23 @@ class Workspace:
         return list(self._memory.values())
 
     @torch.no_grad()
-    def fill(self, index: int, active: Active, merge_shared: bool) -> Factors:
+    def fill(self, index: int, active: Active) -> Factors:
         """Gathers block `index` for the active experts; unless the workspace is `whole` this ends an earlier block.
 
-        Rows of A and Bt are ordered by target, then by expert. With `merge_shared` and one common A the weights are
-        in Bt already.
+        Rows of A and Bt are ordered by target, then by expert. With one common A the weights are in Bt already.
         """
-        shared = active.shared
-        if shared is not None and merge_shared:
-            return self._summed(index, active, shared)
+        if active.shared is not None:
+            return self._summed(index, active, active.shared)
         experts = active.experts
         size = sum([expert.blocks[index].numel() for expert in experts])
-        if shared is not None or all([expert.shared is None for expert in experts]):
+        if all([expert.shared is None for expert in experts]):
             parts = [expert.parts[index] for expert in experts]
         else:
             parts = [expert.factors(index) for expert in experts]
             size += sum(A.numel() for one in experts if one.shared is not None for A in one.shared.groups[index])
         flat = self._flat(index, size)
         join(_interleaved(parts), flat)
-        return self._factors(index, flat, [expert.ranks for expert in experts], shared)
+        return self._factors(index, flat, [expert.ranks for expert in experts], None)
 
     def _summed(self, index: int, active: Active, shared: SharedFactors) -> Factors:
         """Σ_k w_k Bt_k in fp32, rounded once; A is the shared one itself."""

@@ -1,6 +1,10 @@
 """Execution of mixes: three ways, one algebra; base weights that stay as they are; what is kept and what is not."""
 
+import os
+import subprocess
+import sys
 import threading
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,6 +327,21 @@ def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> Non
         run.prefetch(["nobody"]).result(timeout=60)
 
 
+def test_a_program_that_ends_while_experts_are_prefetched_ends_well() -> None:
+    program = """
+import tiny
+from mixing import executor
+model = tiny.causal_model("llama", **(tiny.LLAMA | {"hidden_size": 256, "intermediate_size": 768}))
+one = tiny.random_adapter(model, 1, 16)
+run = executor(model, {f"e{i}": one for i in range(200)})
+run.prepare()
+run.prefetch([f"e{i}" for i in range(200)])
+"""
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, *here.parents[:2], *sys.path)))
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=120)
+
+
 def test_a_prefetch_that_is_cancelled_stops_after_the_expert_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     run, begun, go_on = executor(tiny.base("llama"), {}), threading.Event(), threading.Event()
     loaded, before = list[str](), set(threading.enumerate())
@@ -392,6 +411,19 @@ def test_an_expert_that_does_not_fit_the_base_is_an_error_that_names_the_module(
     with pytest.raises(BankError, match="has no update for module"):
         executor(model, {"a": good, "b": few}).load([mix(a=0.5, b=0.5)])
     assert tiny.checksum(model) == before
+
+
+def test_a_linear_whose_forward_the_base_calls_itself_is_called() -> None:
+    model = tiny.causal_model("llama", **tiny.LLAMA)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = types.MethodType(
+        lambda mlp, x: mlp.down_proj.forward(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)), mlp
+    )
+    adapters = {"a": tiny.random_adapter(model, 1)}
+    expected = oracle(model, adapters, mix(a=1.0), IDS)
+    for way in WAYS:
+        logits = _logits(executor(model, adapters), mix(a=1.0), way)
+        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_an_expert_may_not_change_a_weight_that_the_base_reads_without_calling_it() -> None:

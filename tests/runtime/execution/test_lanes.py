@@ -14,7 +14,7 @@ from mixing import TOLERANCE, executor, mix, oracle
 from localmoe.errors import UsageError
 from localmoe.lora import Adapter, LowRank
 from localmoe.routing import Mix
-from localmoe.runtime.execution import TRUNK, Choice, kernels
+from localmoe.runtime.execution import TRUNK, Choice, kernels, workspace
 from localmoe.runtime.execution.kernels import Level
 
 HERE = pytest.mark.skipif(kernels.level() == 0, reason="no compiler when LocalMoE was installed, or no AVX-512 BF16")
@@ -174,6 +174,28 @@ def test_gradients_go_through_the_sum_of_each_row() -> None:
     for alone, row in zip(grads[1:], (2, 3), strict=True):
         error = (grads[0][row].float() - alone[0].float()).norm() / alone.float().norm()
         assert error < 0.05  # bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_are_those_of_the_merged_model_where_layers_take_turns_in_memory(
+    dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "_APART", 1)
+    model = _wide().to(dtype)
+    trunk, *drawn = (tiny.random_adapter(model, seed, 5) for seed in range(3))
+    if shared:
+        drawn = [{name: LowRank(trunk[name].A, update.B, update.c) for name, update in one.items()} for one in drawn]
+    run = executor(model, dict(zip("ab", drawn, strict=True)), trunk if shared else None)
+    given = model.get_input_embeddings()(_ids(1, 20)).detach().requires_grad_()
+    found = {}
+    for way in ("dense", "stacked"):
+        given.grad = None
+        with run.attached(run.load([mix(a=0.7, b=0.4)]), way):
+            model(inputs_embeds=given).logits.float().square().sum().backward()
+        found[way] = given.grad.float()  # type: ignore[union-attr]
+    error = (found["stacked"] - found["dense"]).norm() / found["dense"].norm()
+    assert error < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_rows_that_are_not_those_of_the_batch_are_refused() -> None:

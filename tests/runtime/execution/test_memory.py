@@ -110,7 +110,7 @@ def test_what_passes_is_gathered_in_a_fixed_number_of_bytes_whatever_the_number_
         monkeypatch.setattr(workspace, "_APART", apart)
         passing = workspace.Workspace(run.layout, whole=False)
         for index in range(len(run.layout.blocks)):
-            passing.fill(index, active, merge_shared=False)
+            passing.fill(index, active)
         assert passing.bytes <= 1.01 * most
 
 
