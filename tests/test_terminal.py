@@ -7,9 +7,12 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import made_results
 import pytest
+import rich_click as click
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,7 +23,7 @@ from localmoe.evaluate.results import Check, Results
 from localmoe.quantities import bytes_text, duration_text
 from localmoe.terminal.chat import _messages
 from localmoe.terminal.evaluations import show_results
-from localmoe.terminal.options import execution_config
+from localmoe.terminal.options import execution_config, execution_options, mix_memory_option
 from localmoe.terminal.plans import histogram
 from localmoe.terminal.progress import LINE_EVERY, Lines, clock_text, show_json, watching
 from localmoe.terminal.screen import bar, plain, readable_warnings, show_error
@@ -142,11 +145,18 @@ def test_a_value_out_of_range_is_named_by_its_option(options: dict[str, float]) 
 
 
 def test_memory_is_given_in_gigabytes_and_what_is_not_given_is_the_default() -> None:
-    assert execution_config({"host_bytes": None, "mix_cache_bytes": None}) == ExecutionConfig()
-    given = execution_config({"execution": "dense", "host_bytes": 2.0, "mix_cache_bytes": 0.5})
-    assert given == ExecutionConfig(execution="dense", host_bytes=2_000_000_000, mix_cache_bytes=500_000_000)
-    with pytest.raises(ConfigError):
-        execution_config({"mix_cache_bytes": -1.0})
+    found: list[ExecutionConfig] = []
+
+    @click.command()
+    @execution_options
+    @mix_memory_option()
+    def command(**options: Any) -> None:
+        found.append(execution_config(options))
+
+    for arguments in ([], ["--execution", "dense", "--expert-memory", "2", "--mix-memory", "0.5"]):
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+    given = ExecutionConfig(execution="dense", host_bytes=2_000_000_000, mix_cache_bytes=500_000_000)
+    assert found == [ExecutionConfig(), given]
 
 
 def test_an_unfinished_build_says_how_many_experts_are_done(tmp_path: Path) -> None:
