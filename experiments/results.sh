@@ -58,9 +58,10 @@ for part in $parts; do
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1 -- --documents 300 \
             --set fine_tune.tune_tokens=50000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=25 --set ttt.rate=1e-3 ;;
     wikipedia)
-        measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 400000 --clusters 24 --min-tokens 6000 \
-            --learning-rate 1e-3 --set train.expert_rate=0.25 --set corpus.tune_fraction=0.03 --set corpus.test_fraction=0.1 --set threads=1 -- --documents 300 \
-            --set fine_tune.tune_tokens=40000 --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
+        measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 1000000 --clusters 24 --min-tokens 6000 \
+            --learning-rate 1e-3 --set corpus.tune_fraction=0.02 --set corpus.test_fraction=0.08 --set threads=1 -- --documents 300 \
+            --set fine_tune.tune_tokens=40000 --set 'fine_tune.rates=[1.0,2.0]' --set 'fine_tune.batches=[]' \
+            --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
     map) # how the gain depends on the text and on how much of it there is
         mixed_corpus
         for kind in wikipedia python mixed; do
@@ -70,21 +71,20 @@ for part in $parts; do
             measure "$kind-laboratory-250k" "$corpus" $prefix 256 "${small[@]}" --sample-tokens 250000 --clusters 16 \
                 --learning-rate 6e-3 --set train.batch=4 -- "${compared[@]}"
         done ;;
-    figures) # every method, and the paper's figures and tables, of the bank of a quarter of a million tokens, beside others of K and encoder
-        few=("${small[@]}" --sample-tokens 250000 --learning-rate 6e-3 --set train.batch=4) beside=()
-        measure wikipedia-laboratory-250k "$work/laboratory/corpus.jsonl" 50 256 "${few[@]}" --clusters 16 -- "${compared[@]}" \
-            --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=5e-4 --set 'fine_tune.full_rates=[1e-4,3e-4,1e-3]' \
-            --methods $methods,merged-10,ensemble-3,ensemble-10,nearest,sift,members,entropy,context,ttt,fine-tuned-full
-        for other in "8 static" "32 static" "16 all-MiniLM-L6-v2" "16 $mpnet"; do
+    figures) # the paper's figures and tables of the largest bank, and of small ones that differ in K and encoder
+        "$bin/localmoe" eval "$work/wikipedia-laboratory-bank" -o results/wikipedia-laboratory --prefix 50 --length 256 --documents 60 \
+            --figure all --set figure.overhead=results/overhead-answers.json --with results/python --with results/mixed-smollm2 --with results/wikipedia
+        beside=()
+        for other in "16 static" "8 static" "32 static" "16 all-MiniLM-L6-v2" "16 $mpnet"; do
             read -r clusters encoder <<<"$other"
-            bank=$work/wikipedia-laboratory-250k-$clusters-${encoder##*/}-bank
-            beside+=(--with "$bank")
+            bank=$work/wikipedia-laboratory-$clusters-${encoder##*/}-bank
             "$bin/localmoe" build "$work/laboratory/corpus.jsonl" "$bank" --max-passage 256 --set corpus.passages_per_document=1 \
-                "${few[@]}" --clusters "$clusters" --encoder "$encoder"
+                --base "$work/laboratory/model" --encoder "$encoder" --clusters "$clusters" --sample-tokens 250000 --min-tokens 4000 \
+                --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --learning-rate 6e-3 --set train.batch=4 --set train.expert_rate=1 --set threads=1
+            [ "$other" = "16 static" ] || beside+=(--with "$bank")
         done
-        "$bin/localmoe" eval "$work/wikipedia-laboratory-250k-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 \
-            --documents 100 "${beside[@]}" --with results/mixed --figure all \
-            --set figure.overhead=results/overhead-answers.json ;;
+        "$bin/localmoe" eval "$work/wikipedia-laboratory-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 \
+            --documents 100 --figure 1-right --figure encoders "${beside[@]}" ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done

@@ -15,13 +15,17 @@ from localmoe.train.progress import Event, Watch
 from localmoe.train.rates import measured, told
 from localmoe.train.shrinkage import nll_of_shares
 
+LONG_ENOUGH = 0.5
+"""Share of the training's tokens that a trial must see for its word on experts' rates to be taken without a warning."""
+
 
 def search_joint_rate(ground: Groundwork, trunk: AdapterTask, mixes: Mixes, watch: Watch) -> float:
     """The rate of experts beside a trunk, as a multiple of its: `train.expert_rate`, times the best of `search.rates`.
 
     A base that every document still teaches something wants it low, so that the trunk learns what is common; one that
     is full wants it high (docs/choosing.md). Each trial trains trunk and experts on `search.tokens` tokens; the mean
-    nll of tune documents, each under the mix of its first tokens, decides.
+    nll of tune documents, each under the mix of its first tokens, decides. Short trials
+    like eager experts too well where a base knows little of such text (docs/choosing.md), and then that is told.
     """
     asked, unit, count = ground.config.search, ground.expert_rate, len(public_experts(ground))
     if not asked.rates or count < 2:
@@ -45,4 +49,12 @@ def search_joint_rate(ground: Groundwork, trunk: AdapterTask, mixes: Mixes, watc
     tried = measured(ground, "joint", lambda _factor: tokens, train, watch)
     best = min(tried, key=tried.__getitem__)
     judged = f"the first tokens' mixes of {len(judges)} tune documents, for experts"
-    return unit * told(tried, best, trunk.learning_rate * unit, judged, watch)
+    factor = told(tried, best, trunk.learning_rate * unit, judged, watch)
+    whole = ground.tokens(trunk.train_rows, trunk.epochs)
+    if factor > 1 and tokens < LONG_ENOUGH * whole:
+        seen = f"these trials saw {tokens / whole:.0%} of the tokens"
+        why = "short ones like eager experts too well where the base knows little of such text"
+        watch(
+            Event("rates", 1, 1, f"{seen}, and {why}: --set search.tokens={whole} makes them as long as the training")
+        )
+    return unit * factor

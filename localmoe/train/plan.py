@@ -108,13 +108,13 @@ def advice(plan: Plan) -> str:
         count = plan.documents.get("train", 0)
         if count < FEW:
             return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
+        if plan.explained >= UNLIKE:
+            return f"{unlike}: so unlike, experts were seen to pay, scarce or ample text; measure it: localmoe eval"
         if plan.tokens_per_parameter >= SCARCE:
             return (
-                f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and fast ones more: "
-                f"--try-rate 0.5 --try-rate 1 --try-rate 2 finds their rate; {unlike}"
+                f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and eager ones more "
+                f"if the base knows such text: --try-rate 0.5 --try-rate 1 --try-rate 2 finds their rate; {unlike}"
             )
-        if plan.explained >= UNLIKE:
-            return f"{unlike}: so unlike, experts were seen to pay though text is scarce; measure it: localmoe eval"
         return (
             f"{unlike}: so alike, experts were not seen to beat one adapter for all, nor to lose to it, while text is "
             "scarce; measure it: localmoe eval"

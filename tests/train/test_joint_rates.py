@@ -36,6 +36,12 @@ def test_a_bank_is_built_at_the_rate_of_experts_that_tune_documents_like_best(
     bank = localmoe.build(tiny_corpus, tmp_path / "bank", config, watch=events.append)
     note = [event.note for event in events if event.stage == "rates" and event.note][1]
     assert "first tokens' mixes of" in note and "for experts" in note
+    short = [event.note for event in events if "these trials saw" in event.note]
+    eager = any(
+        e.adapter and e.adapter.training and e.adapter.training.learning_rate > jobs[0].rate * RATE_WITH_TRUNK
+        for e in bank.manifest.experts
+    )
+    assert len(short) == eager and all("search.tokens=" in said for said in short)
     trunk = bank.manifest.trunk
     assert trunk is not None and trunk.training is not None
     assert {job.rate for job in jobs} == {trunk.training.learning_rate}
