@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything under results/ that the README shows, from data files of your own; each part resumes where it was stopped.
 #   experiments/results.sh ARTICLES.jsonl.gz GSM8K-TRAIN.jsonl LAMBADA.jsonl PUBMED.jsonl WORK-FOLDER [PART ...]
-# PART: laboratory mixed mixed-smollm2 wikipedia-laboratory python wikipedia map figures; all of them if none is given. Two cores: hours.
+# PART: laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures; all of them if none is given. Two cores: hours.
 set -euo pipefail
 [ $# -ge 5 ] || { sed -n '2,4s/^# *//p' "$0" >&2; exit 2; }
 articles=$1 gsm8k=$2 lambada=$3 pubmed=$4 work=$5
 shift 5
-parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python wikipedia map figures}
+parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures}
 bin=${BIN:-.venv/bin}
 base=HuggingFaceTB/SmolLM2-135M-Instruct
 mpnet=${MPNET:-sentence-transformers/all-mpnet-base-v2}
@@ -26,13 +26,11 @@ mixed_corpus() { # five kinds of text, of which the laboratory model has seen no
         "$work/python.jsonl:text" "$gsm8k:question+answer" "$lambada:context" "$pubmed:context"
 }
 
-small=(--base "$work/laboratory/model" --encoder static --set threads=1 --min-tokens 4000
-    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --set search.tokens=100000 --try-rate 0.5 --try-rate 1 --try-rate 2)
+small=(--base "$work/laboratory/model" --encoder static --set threads=1 --min-tokens 4000 --set train.batch=4
+    --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.15)
 methods=base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform,ttt-trunk,ensemble,ttt-fine-tuned
-tuned=(--documents 300 --methods $methods
+tuned=(--documents 300 --methods $methods --set 'fine_tune.batches=[]'
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
-compared=(--documents 300 --set fine_tune.tune_tokens=100000 --set 'fine_tune.batches=[]'
-    --methods base,trunk,merged,fine-tuned,uniform,null)
 [ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
 
 for part in $parts; do
@@ -41,13 +39,16 @@ for part in $parts; do
         "$bin/python" experiments/laboratory.py "$articles" "$work/laboratory" ;;
     mixed)
         mixed_corpus
-        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 \
-            --set corpus.test_fraction=0.15 --learning-rate 6e-3 --set train.batch=4 -- "${tuned[@]}" --set fine_tune.tune_tokens=300000 \
-            --set 'fine_tune.batches=[]' ;;
+        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
+            "${tuned[@]}" --set fine_tune.tune_tokens=300000 ;;
+    python-laboratory)
+        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
+            "${tuned[@]}" --set fine_tune.tune_tokens=300000 ;;
     wikipedia-laboratory)
         measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 --rank 8 --set train.alpha=8 \
-            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 --learning-rate 6e-3 --set train.batch=4 -- "${tuned[@]}" \
-            --set 'fine_tune.ranks=[16]' --set fine_tune.tune_tokens=600000 --set 'fine_tune.rates=[1.0,2.0]' --set 'fine_tune.batches=[]' ;;
+            --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 --learning-rate 6e-3 --set search.tokens=100000 \
+            --try-rate 0.5 --try-rate 1 --try-rate 2 -- "${tuned[@]}" \
+            --set 'fine_tune.ranks=[16]' --set fine_tune.tune_tokens=600000 --set 'fine_tune.rates=[1.0,2.0]' ;;
     mixed-smollm2)
         mixed_corpus
         measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
@@ -62,15 +63,6 @@ for part in $parts; do
             --learning-rate 1e-3 --set corpus.tune_fraction=0.02 --set corpus.test_fraction=0.08 --set threads=1 -- --documents 300 \
             --set fine_tune.tune_tokens=40000 --set 'fine_tune.rates=[1.0,2.0]' --set 'fine_tune.batches=[]' \
             --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
-    map) # how the gain depends on the text and on how much of it there is
-        mixed_corpus
-        for kind in wikipedia python mixed; do
-            corpus=$work/$kind.jsonl prefix=50
-            [ $kind = wikipedia ] && corpus=$work/laboratory/corpus.jsonl
-            [ $kind = python ] && prefix=100
-            measure "$kind-laboratory-250k" "$corpus" $prefix 256 "${small[@]}" --sample-tokens 250000 --clusters 16 \
-                --learning-rate 6e-3 --set train.batch=4 -- "${compared[@]}"
-        done ;;
     figures) # the paper's figures and tables of the largest bank, and of small ones that differ in K and encoder
         "$bin/localmoe" eval "$work/wikipedia-laboratory-bank" -o results/wikipedia-laboratory --prefix 50 --length 256 --documents 60 \
             --figure all --set figure.overhead=results/overhead-answers.json --with results/python --with results/mixed-smollm2 --with results/wikipedia

@@ -38,7 +38,7 @@ def cost_of_tokens(material: Material) -> Figure:
             shade = 1.0 if place == 0 else 0.5
             x = [row["tokens"] for row in own]
             for colour, model in ((COLOURS[1], "merged"), (COLOURS[3], "ensemble")):
-                name = f"{model}, {active} experts"
+                name = f"{model}, {active} expert{'' if active == 1 else 's'}"
                 series.append(Series(name, x, [row[model] for row in own], colour=colour, alpha=shade))
             if place == 0:
                 series.append(Series("base", x, [row["base"] for row in own], colour=INK, line="--"))
@@ -72,8 +72,8 @@ def overhead(material: Material) -> Figure:
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         axes.set_xticks(places, [str(row["active"]) for row in rows])
         axes.grid(axis="x", visible=False)
-        axes.set(xlabel="active experts", ylabel="ms a prompt, median")
-        axes.legend()
+        axes.set(xlabel="active experts", ylabel="ms a prompt, median", ylim=(0, 1.2 * max(bottom)))
+        axes.legend(ncols=len(STAGES), loc="upper center")
 
     caption = f"Medians ({_where(report)}, r = {rank}). The encoder is counted in the part `encoder` of the benchmark."
     return Figure("Overhead of a prompt", caption, rows, _settings(report, rank), draw)
