@@ -9,7 +9,6 @@ shift 5
 parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures}
 bin=${BIN:-.venv/bin}
 base=HuggingFaceTB/SmolLM2-135M-Instruct
-mpnet=${MPNET:-sentence-transformers/all-mpnet-base-v2}
 mkdir -p "$work"
 
 measure() { # name, corpus, prefix, length, settings of the build ... -- settings of the evaluation ...
@@ -66,17 +65,16 @@ for part in $parts; do
     figures) # the paper's figures and tables of the largest bank, and of small ones that differ in K and encoder
         "$bin/localmoe" eval "$work/wikipedia-laboratory-bank" -o results/wikipedia-laboratory --prefix 50 --length 256 --documents 60 \
             --figure all --set figure.overhead=results/overhead-answers.json --with results/python --with results/mixed-smollm2 --with results/wikipedia
-        beside=()
-        for other in "16 static" "8 static" "32 static" "16 all-MiniLM-L6-v2" "16 $mpnet"; do
+        for other in "16 static" "8 static" "32 static" "16 all-MiniLM-L6-v2"; do
             read -r clusters encoder <<<"$other"
-            bank=$work/wikipedia-laboratory-$clusters-${encoder##*/}-bank
-            "$bin/localmoe" build "$work/laboratory/corpus.jsonl" "$bank" --max-passage 256 --set corpus.passages_per_document=1 \
-                --base "$work/laboratory/model" --encoder "$encoder" --clusters "$clusters" --sample-tokens 250000 --min-tokens 4000 \
-                --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 --learning-rate 6e-3 --set train.batch=4 --set train.expert_rate=1 --set threads=1
-            [ "$other" = "16 static" ] || beside+=(--with "$bank")
+            "$bin/localmoe" build "$work/laboratory/corpus.jsonl" "$work/wikipedia-$clusters-$encoder-bank" --max-passage 256 \
+                --set corpus.passages_per_document=1 --base "$work/laboratory/model" --encoder "$encoder" --clusters "$clusters" \
+                --sample-tokens 250000 --min-tokens 4000 --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 \
+                --learning-rate 6e-3 --set train.batch=4 --set train.expert_rate=1 --set threads=1
         done
-        "$bin/localmoe" eval "$work/wikipedia-laboratory-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 \
-            --documents 100 --figure 1-right --figure encoders "${beside[@]}" ;;
+        few=("$work/wikipedia-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 --documents 100)
+        "$bin/localmoe" eval "${few[@]}" --figure 1-right --with "$work/wikipedia-8-static-bank" --with "$work/wikipedia-32-static-bank"
+        "$bin/localmoe" eval "${few[@]}" --figure encoders --with "$work/wikipedia-16-all-MiniLM-L6-v2-bank" ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done
