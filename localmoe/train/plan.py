@@ -109,7 +109,7 @@ def advice(plan: Plan) -> str:
         if count < FEW:
             return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
         if plan.explained >= UNLIKE:
-            return f"{unlike}: so unlike, experts were seen to pay, scarce or ample text; measure it: localmoe eval"
+            return f"{unlike}: so unlike, experts were seen to pay, or at worst to be level; measure it: localmoe eval"
         if plan.tokens_per_parameter >= SCARCE:
             return (
                 f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and eager ones more "
