@@ -55,7 +55,7 @@ def draw(points: list[Point], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.axhspan(0, UNLIKE, xmax=1, color="#f4f4f2", zorder=0)
+    axes.axhspan(0, UNLIKE, color="#f4f4f2", zorder=0)
     axes.axvline(SCARCE, color="#8a8f98", lw=0.8, ls=":")
     axes.axhline(UNLIKE, color="#8a8f98", lw=0.8, ls=":")
     for one in points:

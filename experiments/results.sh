@@ -74,7 +74,8 @@ for part in $parts; do
         done
         few=("$work/wikipedia-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 --documents 100)
         "$bin/localmoe" eval "${few[@]}" --figure 1-right --with "$work/wikipedia-8-static-bank" --with "$work/wikipedia-32-static-bank"
-        "$bin/localmoe" eval "${few[@]}" --figure encoders --with "$work/wikipedia-16-all-MiniLM-L6-v2-bank" ;;
+        "$bin/localmoe" eval "${few[@]}" --figure encoders --with "$work/wikipedia-16-all-MiniLM-L6-v2-bank"
+        "$bin/python" experiments/map.py results/*/results.json -o docs/where-experts-pay.svg ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
 done

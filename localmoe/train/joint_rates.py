@@ -24,8 +24,8 @@ def search_joint_rate(ground: Groundwork, trunk: AdapterTask, mixes: Mixes, watc
 
     A base that every document still teaches something wants it low, so that the trunk learns what is common; one that
     is full wants it high (docs/choosing.md). Each trial trains trunk and experts on `search.tokens` tokens; the mean
-    nll of tune documents, each under the mix of its first tokens, decides. Short trials
-    like eager experts too well where a base knows little of such text (docs/choosing.md), and then that is told.
+    nll of tune documents, each under the mix of its first tokens, decides. Short trials like
+    eager experts too well where a base knows little of such text (docs/choosing.md), and then that is told.
     """
     asked, unit, count = ground.config.search, ground.expert_rate, len(public_experts(ground))
     if not asked.rates or count < 2:
@@ -35,7 +35,8 @@ def search_joint_rate(ground: Groundwork, trunk: AdapterTask, mixes: Mixes, watc
         why = f"{len(judges)} public documents to tune on go on after their first tokens"
         watch(Event("rates", 1, 1, f"{unit:g} of it for experts, not tried: {why}"))
         return unit
-    tokens = min(asked.tokens, ground.tokens(trunk.train_rows, trunk.epochs))
+    whole = ground.tokens(trunk.train_rows, trunk.epochs)
+    tokens = min(asked.tokens, whole)
     job = replace(job_of(ground.work, trunk, count, mixes, unit), tokens=tokens)
 
     def train(factor: float, progress: Progress) -> float | None:
@@ -50,7 +51,6 @@ def search_joint_rate(ground: Groundwork, trunk: AdapterTask, mixes: Mixes, watc
     best = min(tried, key=tried.__getitem__)
     judged = f"the first tokens' mixes of {len(judges)} tune documents, for experts"
     factor = told(tried, best, trunk.learning_rate * unit, judged, watch)
-    whole = ground.tokens(trunk.train_rows, trunk.epochs)
     if factor > 1 and tokens < LONG_ENOUGH * whole:
         seen = f"these trials saw {tokens / whole:.0%} of the tokens"
         why = "short ones like eager experts too well where the base knows little of such text"

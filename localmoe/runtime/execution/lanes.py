@@ -43,7 +43,8 @@ class BlockLanes:
             owner.current.ready = False
             owner.current.forget()
         owner.current = self
-        factors = owner.workspace.fill(self.index, owner.filled or owner.active)
+        filled = owner.active if owner.filled is None else owner.filled
+        factors = owner.workspace.fill(self.index, filled)
         if differentiated and owner.workspace is owner.passing:
             own = factors.At if owner.summed else tuple(A.t().clone().t() for A in factors.At)
             factors = Factors(own, tuple(B.clone() for B in factors.Bt))
