@@ -85,7 +85,7 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
     expert_rate: Annotated[float, Field(gt=0)] | None = None
-    """Rate of experts with a trunk or after it, as a multiple of its; none = 0.1 with it, 0.25 after it. A trunk before
+    """Rate of experts with a trunk or after it, as a multiple of its; none = 0.3 with it, 0.25 after it. A trunk before
     them falls to it, or to 0.25."""
     trunk_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes of the trunk over all public documents, before the experts'; none = 1.5. Recipe 'joint' has no such."""

@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 
 from localmoe.bank.manifest import ExpertRecord
 from localmoe.bank.peft import read_adapter
-from localmoe.encoders import Encoder
 from localmoe.lora import Adapter, mixed
 from localmoe.packing import Passage
 from localmoe.routing import WITHOUT_BETA, Centroids, Mix, route
@@ -21,20 +19,8 @@ from localmoe.train.checks import ENOUGH, Nll, choose_beta, document_nll, mean_n
 from localmoe.train.experts import workplace
 from localmoe.train.groundwork import Groundwork
 from localmoe.train.progress import Event, Watch
+from localmoe.train.prompts import suffix
 from localmoe.train.rates import JUDGES
-
-PREFIX_TOKENS = 50
-"""A prompt is the first tokens of a document, as the evaluation will show them (specification)."""
-
-
-def prompts_of(ground: Groundwork, tokenizer: Any, encoder: Encoder) -> tuple[list[int], np.ndarray]:
-    """Rows of the public tune documents, and φ of the first tokens of each [n, d], as an evaluation would route."""
-    rows, prompts = [], []
-    for row, document in ground.work.chosen(ground.rows.where("tune", ())):
-        rows.append(row)
-        ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
-        prompts.append(tokenizer.decode(ids, skip_special_tokens=True))
-    return rows, encoder.encode(prompts)
 
 
 def search_active(
@@ -116,8 +102,3 @@ def _losses(
         parts = [(adapter(name), weight) for name, weight in zip(mix.experts, mix.weights, strict=True)]
         found.append(document_nll(model, {0: (passage,)}, mixed(parts) if parts else None)[0])
     return found
-
-
-def suffix(passage: Passage) -> Passage:
-    """The passage, its loss taken after the prefix alone."""
-    return Passage(passage.tokens, passage.labels & (torch.arange(len(passage)) >= PREFIX_TOKENS))

@@ -11,7 +11,7 @@ from localmoe.errors import LocalMoEError
 from localmoe.lora import Adapter
 from localmoe.packing import Passage
 
-ORDER = 2
+ORDER = 3
 """Part of a build's key: one more whenever equal inputs train to other bytes."""
 
 Progress = Callable[[int], None]

@@ -28,7 +28,7 @@ TRUNK_EPOCHS, JOINT_EPOCHS = 1.5, 1.0
 """Passes of a trunk by itself and with its experts, where the configuration leaves them open."""
 EPOCHS_AFTER_TRUNK, EPOCHS_FROM_BASE = 0.5, 1.0
 """Passes of an expert, where the configuration leaves them open."""
-RATE_WITH_TRUNK, RATE_AFTER_TRUNK = 0.1, 0.25
+RATE_WITH_TRUNK, RATE_AFTER_TRUNK = 0.3, 0.25
 """Rate of experts with a trunk and after it, as a multiple of its, where the configuration leaves it open."""
 BATCH_AFTER_TRUNK = 1
 """Passages per step of an expert that goes on from a trunk: it has few of them, and more steps teach it more."""

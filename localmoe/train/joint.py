@@ -4,6 +4,10 @@ All experts share A. A document with weights w has B = B₀ + Σ_k w_k b_k: A an
 those that expert k has a weight for. So a token trained on once serves both, and what is merged for a prompt is what
 was trained: Σ w_k (B₀ + b_k) A, since weights sum to 1. The trunk is the mean of the documents' mixes: b_k also hold
 what their documents have in common, so that (A, B₀) alone would be no model of anything.
+
+With g = dloss/dB of a document and v̂ the second moment that AdamW keeps of B₀, a step of rate η takes ρ η w_k g / √v̂
+from b_k, no element of g / √v̂ beyond 1: what one document teaches moves another's mix by 1 + ρ Σ_k w_k w'_k of what
+AdamW moves B₀. Experts with moments of their own would take steps of one size whether their documents agree or not.
 """
 
 from __future__ import annotations
@@ -30,8 +34,8 @@ SAVE_EVERY = 300.0
 """Seconds between two states that an interrupted training goes on from, at least, ..."""
 SAVE_SHARE = 0.05
 """... and so that writing them takes no larger share of the time."""
-STATE_BYTES = 12
-"""Memory of a parameter of b_k: itself and two moments, in fp32."""
+STATE_BYTES = 4
+"""Memory of a parameter of b_k, fp32."""
 _DEVICE_SHARE = 0.5  # of a GPU's free memory that all b_k may take; else they stay in main memory
 
 Weights = Sequence[tuple[int, float]]
@@ -78,12 +82,11 @@ def train_jointly(
     keep: Callable[[State], None] | None = None,
     kept: State | None = None,
 ) -> JointTrained:
-    """Train a trunk and its experts: AdamW each, warm-up then linear decay to zero, gradients clipped one by one.
+    """Train a trunk by AdamW and its experts beside it: warm-up then linear decay to zero, gradients clipped.
 
-    b_k starts at zero, decays to it, and takes a step only where one of the step's documents has a weight for it. The
-    base is frozen. `keep` is handed the state now and then, and at the end; `kept` is one to go on from. Equal inputs,
-    seed and threads give equal bytes on a CPU, interrupted or not. Raises DivergedError for a loss or a factor that is
-    not finite.
+    b_k starts at zero, and takes a step only where one of the step's documents has a weight for it. The base is frozen.
+    `keep` is handed the state now and then, and at the end; `kept` is one to go on from. Equal inputs, seed and threads
+    give equal bytes on a CPU, interrupted or not. Raises DivergedError for a loss or a factor that is not finite.
     """
     course = _Course(model, job)
     if kept is not None:
@@ -120,19 +123,27 @@ class _Clock:
 
 
 class _Learner:
-    """Numbers that are trained [parameters], fp32, with an AdamW of their own."""
+    """Numbers that are trained [parameters], fp32, with an AdamW."""
 
     def __init__(self, start: Tensor, decay: float) -> None:
         self.values = nn.Parameter(start.clone())
         self._optimizer = torch.optim.AdamW([self.values], weight_decay=decay, fused=True)
 
-    def step(self, gradient: Tensor, rate: float, clip: float) -> None:
-        """One step, the gradient clipped to the norm `clip`."""
+    def step(self, gradient: Tensor, rate: float, clip: float) -> float:
+        """One step, the gradient clipped to the norm `clip`; what it was multiplied by."""
         self.values.grad = gradient
-        torch.nn.utils.clip_grad_norm_([self.values], clip)
+        norm = float(torch.nn.utils.clip_grad_norm_([self.values], clip))
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self.values.grad = None
+        return min(1.0, clip / (norm + 1e-6))  # as torch has it
+
+    def spread(self, first: int) -> Tensor:
+        """√v̂ + ε of the parameters from `first` on, as the last step had it."""
+        (group,), moments = self._optimizer.param_groups, self._optimizer.state[self.values]
+        seen = 1.0 - group["betas"][1] ** float(moments["step"])
+        spread: Tensor = (moments["exp_avg_sq"][first:] / seen).sqrt_().add_(group["eps"])
+        return spread
 
     def state(self) -> State:
         return {"values": self.values.detach(), "optimizer": self._optimizer.state_dict()}
@@ -156,7 +167,7 @@ class _Course:
         own = torch.zeros_like(begin[self.room.middle :])
         own = own.to(_home(model, job.count * own.numel() * STATE_BYTES))
         self._trunk = _Learner(begin, decay)
-        self._experts = [_Learner(own, decay) for _ in range(job.count)]
+        self._experts = [own.clone() for _ in range(job.count)]
         self._losses: list[float] = []
         self._own: list[list[float]] = [[] for _ in range(job.count)]
         self._tokens = [0.0] * job.count
@@ -175,12 +186,15 @@ class _Course:
             raise DivergedError(f"the loss became {value}")
         now = job.rate * schedule(len(self._losses), len(self.batches), job.config.warmup)
         gradients = [self.room.gradient(place) for place in range(len(batch))]
-        for k in sorted({k for passage in batch for k, _ in self._weights[id(passage)]}):
-            self._experts[k].step(self._share(k, batch, gradients), now * job.expert_rate, job.config.clip)
+        clipped = self._trunk.step(sum(gradients[1:], gradients[0].clone()), now, job.config.clip)
+        spread = self._trunk.spread(self.room.middle)
+        for passage, gradient in zip(batch, gradients, strict=True):
+            own = gradient[self.room.middle :].mul_(clipped)
+            direction = own.div_(torch.maximum(spread, own.abs())).to(self._experts[0].device)
+            for k, weight in self._weights[id(passage)]:
+                self._experts[k].add_(direction, alpha=-now * job.expert_rate * weight)
+        for k in {k for passage in batch for k, _ in self._weights[id(passage)]}:
             self._own[k].append(value)
-        for other in gradients[1:]:
-            gradients[0].add_(other)
-        self._trunk.step(gradients[0], now, job.config.clip)
         for passage in batch:
             for k, weight in self._weights[id(passage)]:
                 self._tokens[k] += weight * passage.predicted
@@ -202,27 +216,18 @@ class _Course:
     def _merged(self, weights: Weights) -> Tensor:
         """A and B₀ + Σ w_k b_k [parameters]."""
         values = self._trunk.values.detach().clone()
-        home = self._experts[0].values.device
+        home = self._experts[0].device
         mixed = values[self.room.middle :].to(home, copy=True)
         for k, weight in weights:
-            mixed.add_(self._experts[k].values, alpha=weight)
+            mixed.add_(self._experts[k], alpha=weight)
         values[self.room.middle :] = mixed
         return values
-
-    def _share(self, k: int, batch: Sequence[Passage], gradients: Sequence[Tensor]) -> Tensor:
-        """dloss/db_k = Σ w_k dloss/dB over the batch's documents."""
-        found = torch.zeros_like(self._experts[k].values)
-        for passage, gradient in zip(batch, gradients, strict=True):
-            for other, weight in self._weights[id(passage)]:
-                if other == k:
-                    found.add_(gradient[self.room.middle :].to(found.device), alpha=weight)
-        return found
 
     def state(self) -> State:
         """All that is needed to go on; experts that have taken no step are left out."""
         return {
             "trunk": self._trunk.state(),
-            "experts": {k: expert.state() for k, expert in enumerate(self._experts) if self._own[k]},
+            "experts": {k: expert for k, expert in enumerate(self._experts) if self._own[k]},
             "losses": self._losses,
             "own": self._own,
             "tokens": self._tokens,
@@ -233,7 +238,7 @@ class _Course:
         """Go on from a state."""
         self._trunk.restore(state["trunk"])
         for k, expert in state["experts"].items():
-            self._experts[k].restore(expert)
+            self._experts[k].copy_(expert)
         self._losses, self._tokens = list(state["losses"]), list(state["tokens"])
         self._own = [list(losses) for losses in state["own"]]
 

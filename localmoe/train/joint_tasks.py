@@ -16,7 +16,6 @@ from localmoe.config import as_dict
 from localmoe.lora import Adapter, mixed
 from localmoe.packing import Passage
 from localmoe.routing import Centroids, route
-from localmoe.train.activity import suffix
 from localmoe.train.checks import Nll, choose_beta, document_nll, outcome, outcome_beyond_doubt
 from localmoe.train.course import DivergedError, Progress
 from localmoe.train.experts import (
@@ -32,6 +31,7 @@ from localmoe.train.experts import (
 )
 from localmoe.train.groundwork import Groundwork
 from localmoe.train.joint import JointJob, JointTrained, Weights, train_jointly
+from localmoe.train.prompts import suffix
 from localmoe.train.rates import judges_of
 from localmoe.train.shrinkage import search_share, shrunk
 from localmoe.train.training import fresh_adapter
@@ -40,7 +40,7 @@ from localmoe.train.work import Work
 
 @dataclass(frozen=True)
 class Mixes:
-    """Weights over `public_experts` by row: of whole documents, and of the first tokens of some tune documents."""
+    """Weights over `public_experts` by row: what documents train by, and the mixes of some tune documents' prompts."""
 
     documents: Mapping[int, Weights]
     prompts: Mapping[int, Weights]
@@ -51,9 +51,12 @@ def public_experts(ground: Groundwork) -> list[int]:
     return [k for k, access in enumerate(ground.clusters.access) if not access]
 
 
-def mixes_of(ground: Groundwork, embeddings: np.ndarray, prompts: tuple[list[int], np.ndarray]) -> Mixes:
-    """The mixes of all public train and tune documents, by the router of the bank; prompts: of `prompts_of`.
+def mixes_of(ground: Groundwork, embeddings: np.ndarray, prompts: Mapping[str, np.ndarray]) -> Mixes:
+    """The mixes of all public train and tune documents, by the router of the bank.
 
+    embeddings: [n, d] of all documents; prompts: of `train` and `tune`, φ of the first tokens of its public documents.
+    Half of a document's mix is that of the whole of it, half that of its first tokens: a prompt says less than a
+    document does, and experts that had met whole documents alone would be merged by weights that they never saw.
     β is found as for the finished bank: on the first tokens of tune documents, for `route.active` experts (the bank's
     own is found anew if an expert turns out harmful, or if `search.active` chose another number).
     """
@@ -61,21 +64,33 @@ def mixes_of(ground: Groundwork, embeddings: np.ndarray, prompts: tuple[list[int
     vectors, means = (torch.from_numpy(part[experts]) for part in (ground.clusters.centroids, ground.clusters.means))
     names = [ground.expert_ids[k] for k in experts]
     centroids = Centroids(tuple(names), vectors, "", means)
-    tune, vectors_of_prompts = prompts
-    record, _ = choose_beta(vectors_of_prompts, centroids, ground.config.route)
+    record, _ = choose_beta(prompts["tune"], centroids, ground.config.route)
     config = replace(ground.config.route, beta=record.beta, active=max(1.0, record.wanted))
     place = {name: number for number, name in enumerate(names)}
 
-    def mixes(rows: Sequence[int], vectors: np.ndarray) -> dict[int, Weights]:
+    def mixes(vectors: np.ndarray) -> list[Weights]:
         queries = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
         found = route(queries, centroids, config)
         pairs = (zip(mix.experts, mix.weights, strict=True) for mix in found)
-        return {row: tuple((place[name], w) for name, w in mix) for row, mix in zip(rows, pairs, strict=True)}
+        return [tuple((place[name], w) for name, w in mix) for mix in pairs]
 
-    rows = [*ground.rows.where("train", ()), *ground.rows.where("tune", ())]
-    chosen = judges_of(ground.rows)
-    places = [tune.index(row) for row in chosen]
-    return Mixes(mixes(rows, embeddings[rows]), mixes(chosen, vectors_of_prompts[places]) if chosen else {})
+    documents: dict[int, Weights] = {}
+    by_prompt: dict[int, Weights] = {}
+    for split in ("train", "tune"):
+        rows = ground.rows.where(split, ())
+        by_prompt = dict(zip(rows, mixes(prompts[split]), strict=True))  # the last split's stay: those of tune
+        documents |= {
+            row: _halfway(mix, by_prompt[row]) for row, mix in zip(rows, mixes(embeddings[rows]), strict=True)
+        }
+    return Mixes(documents, {row: by_prompt[row] for row in judges_of(ground.rows)})
+
+
+def _halfway(one: Weights, other: Weights) -> Weights:
+    """The mean of two mixes."""
+    total: dict[int, float] = {}
+    for k, weight in (*one, *other):
+        total[k] = total.get(k, 0.0) + weight / 2
+    return tuple(sorted(total.items()))
 
 
 def run_jointly(

@@ -25,18 +25,18 @@ from localmoe.bank.lock import build_lock
 from localmoe.bank.manifest import SUFFIXES, AdapterRecord, BaseRecord, EncoderRecord, Manifest, Outcome, generations
 from localmoe.bank.store import Bank
 from localmoe.config import BuildConfig, as_dict
-from localmoe.encoders import Encoder, load_encoder, remember_encoder
+from localmoe.encoders import load_encoder, remember_encoder
 from localmoe.errors import TemporaryError, UsageError
 from localmoe.identity import fingerprint, remember
 from localmoe.train import clusters as clustering
 from localmoe.train import experts as training
-from localmoe.train.activity import prompts_of
 from localmoe.train.checks import AT_MOST
 from localmoe.train.clusters import Clusters
 from localmoe.train.corpus import read_corpus
 from localmoe.train.corpus_report import ReportBuilder
 from localmoe.train.course import ORDER
 from localmoe.train.documents import Document
+from localmoe.train.embeddings import embed_documents, embed_prompts
 from localmoe.train.experts import AdapterResult, AdapterTask, Map
 from localmoe.train.groundwork import (
     TRUNK,
@@ -108,7 +108,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
         watch(Event("read", count, count, line))
     rows = read_rows(work, tokenizer, config, lambda done: watch(Event("tokenize", done, count)))
     watch(Event("tokenize", count, count, _token_note(rows)))
-    embeddings = _embed(work, encoder, rows, watch)
+    embeddings = embed_documents(work, encoder, rows, watch)
     clusters = _cluster(work, embeddings, rows, config, watch)
     _check_disk(path, work, model, config, clusters)
     checked = checked_on(rows, clusters, embeddings)
@@ -116,7 +116,10 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, expert_rate(asked))
     ground = replace(ground, learning_rate=search_rate(ground, watch))
     joint = config.train.recipe == "joint" and bool(rows.where("train", ()))
-    prompts = prompts_of(ground, tokenizer, encoder)
+    prompts = {
+        split: embed_prompts(work, tokenizer, encoder, rows.where(split, ()), split, watch)
+        for split in (("train", "tune") if joint else ("tune",))
+    }
     mixes = mixes_of(ground, embeddings, prompts) if joint else None
     if mixes is not None:
         ground = replace(ground, expert_rate=search_joint_rate(ground, _trunk_task(ground), mixes, watch))
@@ -133,7 +136,7 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
         recipe=config.train.recipe,
         base=BaseRecord(base_id, config.revision, mark.architecture, mark.weights),
         encoder=EncoderRecord(encoder_id, None, encoder.fingerprint, encoder.dim, encoder.prompt, encoder.max_tokens),
-        router=choose_router(ground, prompts, experts, watch),
+        router=choose_router(ground, prompts["tune"], experts, watch),
         trunk=trunk.adapter if trunk is not None else None,
         trunk_outcome=trunk.outcome if trunk is not None and trunk.adapter is not None else None,
         experts=experts,
@@ -164,32 +167,6 @@ def _token_note(rows: Rows) -> str:
         if name in documents
     ]
     return "; ".join(parts) + f"; {counts['unused_tokens'] + tokens.get('unused', 0):,} tokens not used"
-
-
-def _embed(work: Work, encoder: Encoder, rows: Rows, watch: Watch) -> np.ndarray:
-    """φ of every document [n, d] fp32, memory-mapped, rows of zeros for those that the sample left out.
-
-    A shard a batch of documents, so that it resumes.
-    """
-    used = np.array([split != "unused" for split in rows.split], dtype=bool)
-    count, total = len(used), int(used.sum())
-    first = 0
-    shards = []
-    for number, batch in enumerate(work.documents()):
-        name = f"embeddings-{number:05d}.npy"
-        mask = used[first : first + len(batch)]
-        if not work.has(name):
-            shard = np.zeros((len(batch), encoder.dim), dtype=np.float32)
-            chosen = [document.query for document, wanted in zip(batch, mask, strict=True) if wanted]
-            if chosen:
-                shard[mask] = encoder.encode(chosen)
-            work.write_array(name, shard)
-        shards.append(name)
-        first += len(batch)
-        watch(Event("embed", int(used[:first].sum()), total))
-    if not work.has("embeddings.npy"):
-        work.join_arrays("embeddings.npy", (count, encoder.dim), shards)
-    return work.read_array("embeddings.npy")
 
 
 def _cluster(work: Work, embeddings: np.ndarray, rows: Rows, config: BuildConfig, watch: Watch) -> Clusters:

@@ -239,8 +239,9 @@ def _times(
         tried += train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) / expert_speed
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
+    prompts = len(tune) + (len(rows.where("train", ())) if joint else 0)  # shorter than documents: this is the most
     return Times(
-        embed=(len(rows.ids) - len(rows.where("unused")) + len(tune)) / documents_per_second,
+        embed=(len(rows.ids) - len(rows.where("unused")) + prompts) / documents_per_second,
         rates=len(config.search.rates) * tried,
         trunk=0.0 if config.train.recipe == "paper" else public / speed,
         experts=train_tokens / expert_speed,

@@ -46,16 +46,15 @@ def expert_records(ground: Groundwork, results: Sequence[AdapterResult]) -> tupl
 
 
 def choose_router(
-    ground: Groundwork, prompts: tuple[list[int], np.ndarray], experts: Sequence[ExpertRecord], watch: Watch
+    ground: Groundwork, prompts: np.ndarray, experts: Sequence[ExpertRecord], watch: Watch
 ) -> RouterRecord:
-    """The number of active experts, and β, from the first tokens of public tune documents and public experts."""
+    """The number of active experts, and β, from the first tokens of public tune documents [n, d] and public experts."""
     usable = [expert for expert in experts if not expert.access and expert.outcome.status in ("good", "unchecked")]
     rows = [expert.row for expert in usable]
     vectors, means = (torch.from_numpy(part[rows]) for part in (ground.clusters.centroids, ground.clusters.means))
     centroids = Centroids(tuple(expert.id for expert in usable), vectors, "", means)
-    rows_tried, queries = prompts
-    active = search_active(ground, rows_tried, queries, centroids, usable, watch)
-    record, note = choose_beta(queries, centroids, replace(ground.config.route, active=active))
+    active = search_active(ground, ground.rows.where("tune", ()), prompts, centroids, usable, watch)
+    record, note = choose_beta(prompts, centroids, replace(ground.config.route, active=active))
     found = f"β = {record.beta:.3g}: {record.active:.1f} experts a prompt" if record.active else ""
     watch(Event("route", 1, 1, "; ".join(part for part in (note, found) if part)))
     return record

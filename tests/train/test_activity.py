@@ -12,7 +12,7 @@ import localmoe
 from localmoe.config import SearchConfig
 from localmoe.errors import ConfigError
 from localmoe.models import load_tokenizer
-from localmoe.train import activity
+from localmoe.train import activity, prompts
 from localmoe.train.activity import fewest_of_the_best
 from localmoe.train.checks import Nll
 from localmoe.train.progress import Event
@@ -65,7 +65,7 @@ def test_a_document_is_scored_under_the_mix_of_its_own_prefix(
         return real(ground, passages, mixes, experts)
 
     monkeypatch.setattr(activity, "_losses", noted)
-    monkeypatch.setattr(activity, "PREFIX_TOKENS", 10)
+    monkeypatch.setattr(prompts, "PREFIX_TOKENS", 10)
     localmoe.build(tiny_corpus, tmp_path / "bank", config)
     assert len(seen) > 4
     assert sum(any(word in text for word in label.split()) for text, label in seen) > 0.8 * len(seen)

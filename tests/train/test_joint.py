@@ -1,6 +1,7 @@
 """Joint training: its gradients against PyTorch's own, what is shared, and going on after an interruption."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,21 +32,25 @@ def _job(model: Any, weights: Sequence[Weights] | None = None, count: int = 3, *
 
 
 def _by_autograd(model: Any, job: JointJob) -> tuple[dict[str, list[torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """(A, B₀) and the b_k after the same steps, one document after the other through `attached` and PyTorch's AdamW."""
+    """(A, B₀) and the b_k after the same steps, one document after the other through `attached`.
+
+    PyTorch's AdamW moves A and B₀; b_k takes ρ η w_k g / max(√v̂ + ε, |g|) with the clipped g,
+    v = β₂ v + (1 − β₂) (Σ g)² and v̂ = v / (1 − β₂ᵗ).
+    """
     factors = {
         name: [u.A.float().clone().requires_grad_(), u.B.float().clone().requires_grad_()]
         for name, u in job.start.items()
     }
     own = [
-        {name: torch.zeros_like(u.B, dtype=torch.float32, requires_grad=True) for name, u in job.start.items()}
-        for _ in range(job.count)
+        {name: torch.zeros_like(u.B, dtype=torch.float32) for name, u in job.start.items()} for _ in range(job.count)
     ]
-    groups = [[f for pair in factors.values() for f in pair], *(list(one.values()) for one in own)]
-    optimizers = [torch.optim.AdamW(group, weight_decay=job.config.weight_decay) for group in groups]
+    moment = {name: torch.zeros_like(u.B, dtype=torch.float32) for name, u in job.start.items()}
+    group = [f for pair in factors.values() for f in pair]
+    optimizer = torch.optim.AdamW(group, weight_decay=job.config.weight_decay)
     weights = {id(passage): mix for passage, mix in job.passages}
     batches = batches_of([passage for passage, _ in job.passages], job.config, job.seed, job.tokens)
     for step, batch in enumerate(batches):
-        total, met = sum(passage.predicted for passage in batch), {k for p in batch for k, _ in weights[id(p)]}
+        total, taught = sum(passage.predicted for passage in batch), []
         for passage in batch:
             mix = weights[id(passage)]
             merged = {
@@ -59,19 +64,23 @@ def _by_autograd(model: Any, job: JointJob) -> tuple[dict[str, list[torch.Tensor
             with attached(model, merged, train_A=True, train_B=True) as modules, packed(model):
                 (loss(model, pack([passage])) * passage.predicted / total).backward()
             for name, module in modules.items():
-                for parameter, gradient, share in [
-                    (factors[name][0], module.A.grad, 1.0),
-                    (factors[name][1], module.B.grad, 1.0),
-                    *((own[k][name], module.B.grad, w) for k, w in mix),
-                ]:
-                    parameter.grad = gradient * share + (0 if parameter.grad is None else parameter.grad)
+                for parameter, gradient in zip(factors[name], (module.A.grad, module.B.grad), strict=True):
+                    parameter.grad = gradient + (0 if parameter.grad is None else parameter.grad)
+                taught += [(k, name, w, module.B.grad) for k, w in mix]
         now = job.rate * schedule(step, len(batches), job.config.warmup)
-        for number, (optimizer, group) in enumerate(zip(optimizers, groups, strict=True)):
-            if number == 0 or number - 1 in met:
-                torch.nn.utils.clip_grad_norm_(group, job.config.clip)
-                optimizer.param_groups[0]["lr"] = now * (1.0 if number == 0 else job.expert_rate)
-                optimizer.step()
-            optimizer.zero_grad()
+        norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in group))
+        clip = min(1.0, job.config.clip / norm)
+        for name, (_, B) in factors.items():
+            moment[name] = 0.999 * moment[name] + 0.001 * (clip * B.grad) ** 2
+        for k, name, weight, gradient in taught:
+            spread = (moment[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            bounded = clip * gradient / torch.maximum(spread, (clip * gradient).abs())
+            own[k][name] -= now * job.expert_rate * weight * bounded
+        for parameter in group:
+            parameter.grad *= clip
+        optimizer.param_groups[0]["lr"] = now
+        optimizer.step()
+        optimizer.zero_grad()
     return factors, own
 
 

@@ -14,13 +14,14 @@ import torch
 import localmoe
 from localmoe.bank.store import Bank, verify
 from localmoe.config import BuildConfig, EvalConfig
+from localmoe.encoders import load_encoder
 from localmoe.errors import ConfigError
 from localmoe.evaluate.evaluation import evaluate
 from localmoe.lora import attached, stack
 from localmoe.models import load_model, load_tokenizer
 from localmoe.routing import Centroids, route
 from localmoe.runtime.router import route_config
-from localmoe.train import joint, joint_tasks
+from localmoe.train import joint, joint_tasks, prompts
 from localmoe.train.course import DivergedError
 from localmoe.train.groundwork import RATE_WITH_TRUNK
 from localmoe.train.joint import JointJob, JointTrained, train_jointly
@@ -123,10 +124,19 @@ def test_documents_train_by_the_mixes_that_the_bank_routes_by(
 def test_mixes_are_those_of_the_formula(
     config: Make, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Half by the whole document, half by its first tokens."""
     jobs = _given(monkeypatch)
-    bank = localmoe.build(tiny_corpus, tmp_path / "bank", config(route={"active": 2.5}))
-    train = [row for row, split in enumerate(bank.documents()["split"].to_pylist()) if split == "train"]
-    expected = _weights(bank, train)
+    monkeypatch.setattr(prompts, "PREFIX_TOKENS", 6)
+    asked = config(route={"active": 2.5})
+    bank = localmoe.build(tiny_corpus, tmp_path / "bank", asked)
+    table, tokenizer, encoder = bank.documents(), load_tokenizer(asked.base), load_encoder(asked.encoder)
+    train = [row for row, split in enumerate(table["split"].to_pylist()) if split == "train"]
+    texts = bank.texts([table["id"][row].as_py() for row in train])
+    firsts = [tokenizer.decode(tokenizer(text)["input_ids"][:6], skip_special_tokens=True) for text in texts]
+    by_prompt = _weights(bank, torch.from_numpy(encoder.encode(firsts)))
+    whole = _weights(bank, _embeddings(bank, train))
+    assert (whole - by_prompt).abs().max() > 0.1
+    expected = (whole + by_prompt) / 2
     documents = list({id(weights): weights for _, weights in jobs[0].passages}.values())
     found = torch.zeros(len(documents), jobs[0].count, dtype=torch.float64)
     for place, weights in enumerate(documents):
@@ -154,7 +164,7 @@ def test_an_expert_is_judged_by_the_mixes_of_its_tune_documents(
     bank = localmoe.build(tiny_corpus, tmp_path / "bank", config())
     model, tokenizer, table = load_model(str(tiny_base)), load_tokenizer(str(tiny_base)), bank.documents()
     tune = [row for row, split in enumerate(table["split"].to_pylist()) if split == "tune"]
-    weights = _weights(bank, tune)
+    weights = _weights(bank, _embeddings(bank, tune))  # documents so short that their first tokens are all of them
     nearest = (bank.embeddings()[tune].astype(np.float32) @ bank.centroids().float().numpy().T).argmax(axis=1)
     trunk, adapters = bank.trunk(), [bank.adapter(expert.id) for expert in bank.manifest.experts]
     assert trunk is not None
@@ -176,10 +186,14 @@ def test_an_expert_is_judged_by_the_mixes_of_its_tune_documents(
     assert checked
 
 
-def _weights(bank: Bank, rows: list[int]) -> torch.Tensor:
-    """w ∝ ReLU(softmax(s/β) − τ) of the whole documents [n, K], by the formula."""
+def _embeddings(bank: Bank, rows: list[int]) -> torch.Tensor:
+    """φ of whole documents [n, d]."""
+    return torch.nn.functional.normalize(torch.from_numpy(bank.embeddings()[rows].astype(np.float32)), dim=1)
+
+
+def _weights(bank: Bank, queries: torch.Tensor) -> torch.Tensor:
+    """w ∝ ReLU(softmax(s/β) − τ) [n, K], by the formula."""
     router = bank.manifest.router
-    queries = torch.nn.functional.normalize(torch.from_numpy(bank.embeddings()[rows].astype(np.float32)), dim=1)
     kept = ((queries.double() @ bank.centroids().double().T / router.beta).softmax(dim=1) - router.tau).relu()
     return kept / kept.sum(dim=1, keepdim=True)
 
