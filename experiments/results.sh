@@ -52,16 +52,18 @@ for part in $parts; do
         mixed_corpus
         measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
             --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 -- --documents 250 \
-            --set fine_tune.tune_tokens=25000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=15 --set ttt.rate=5e-4 ;;
+            --set fine_tune.tune_tokens=25000 --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
     python)
         measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 500000 --clusters 24 --min-tokens 8000 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1 -- --documents 300 \
-            --set fine_tune.tune_tokens=50000 --methods $methods --set ttt.documents=40 --set ttt.neighbours=25 --set ttt.rate=1e-3 ;;
+            --set fine_tune.tune_tokens=50000 --methods base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform ;;
     wikipedia)
         measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 1000000 --clusters 24 --min-tokens 6000 \
             --learning-rate 1e-3 --set corpus.tune_fraction=0.02 --set corpus.test_fraction=0.08 --set threads=1 -- --documents 300 \
             --set fine_tune.tune_tokens=40000 --set 'fine_tune.rates=[1.0,2.0]' --set 'fine_tune.batches=[]' \
-            --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
+            --methods base,trunk,merged,fine-tuned,null,merged-1
+        "$bin/python" experiments/more_documents.py "$work/wikipedia-bank" results/wikipedia "$work/laboratory/corpus.jsonl" \
+            -o results/wikipedia/more-documents.json --documents 1400 ;;
     figures) # the paper's figures and tables of the largest bank, and of small ones that differ in K and encoder
         "$bin/localmoe" eval "$work/wikipedia-laboratory-bank" -o results/wikipedia-laboratory --prefix 50 --length 256 --documents 60 \
             --figure all --set figure.overhead=results/overhead-answers.json --with results/python --with results/mixed-smollm2 --with results/wikipedia

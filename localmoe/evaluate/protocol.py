@@ -75,7 +75,7 @@ def trials_of(
     for name, content in zip(ids, engine.bank.contents(ids), strict=True):
         if len(trials) == most:
             break
-        trial = _trial(engine, document_in(name, *content), cut)
+        trial = trial_of(engine, document_in(name, *content), cut)
         if trial is not None:
             trials.append(trial)
     if not trials:
@@ -92,7 +92,7 @@ def document_in(name: str, text: str, messages: Messages) -> Document:
     return Document(name, name, "" if turns else text, turns)
 
 
-def _trial(engine: Engine, document: Document, cut: Cut) -> Trial | None:
+def trial_of(engine: Engine, document: Document, cut: Cut) -> Trial | None:
     """Of a text the first tokens are the prefix; of a conversation the loss is on its answers, and users' turns route.
 
     None if no token would be scored.
