@@ -51,7 +51,6 @@ def main() -> None:
     parser.add_argument("--encoder")
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--documents", type=int, default=600)
-    parser.add_argument("--with", dest="other", type=Path, nargs="*", default=[], help="outputs to add to the interval")
     asked = parser.parse_args()
     corpus = read_results(asked.evaluation).corpus
     cut = Cut(corpus["query_tokens"], corpus["prefix_tokens"], corpus["length_tokens"])
@@ -63,9 +62,6 @@ def main() -> None:
         "fine-tuned": score_alone(engine, trials, read_adapter(folder)[0], lambda _done: None),
         "merged": score_merged(engine, trials, lambda _done: None)[0],
     }
-    for other in asked.other:
-        for name, values in json.loads(other.read_text(encoding="utf-8"))["scores"].items():
-            scores[name] += values
     gain = compare(scores["merged"], scores["fine-tuned"], scores["tokens"])
     told = {name: perplexity(scores[name], scores["tokens"]) for name in ("fine-tuned", "merged")}
     found = {"documents": len(scores["tokens"]), "perplexity": told, "gain": asdict(gain), "scores": scores}

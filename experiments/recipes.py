@@ -4,9 +4,10 @@
 
 SETTING is e.g. `rank=16,clusters=8,rate=3e-3,trunk=1.5,expert=0.5,floor=0.5,expert_rate=1`: passes of the trunk and of
 the experts, the share of the peak rate at which the trunk stops, and the experts' rate as a multiple of the peak. With
-`joint=1,beta=0.06` trunk and experts are trained in the same steps, `trunk` passes long, documents by their mixes at
-that β. Each is compared, on the suffixes of held-out documents, with one adapter trained on all documents for as many
-passes, falling to zero: at the best of `--rates` and `--batches` (as these very documents judge), or at its own.
+`joint=1,beta=0.06` trunk and experts are trained in the same steps, `trunk` passes long, documents by the mixes of the
+whole of them at that β (a build takes half of a mix from their first tokens). Each is compared, on the suffixes of
+held-out documents, with one adapter trained on all documents for as many passes, falling to zero: at the best of
+`--rates` and `--batches` (as these very documents judge), or at its own.
 For the laboratory model (experiments/laboratory.py), which trains in minutes, or for a GPU, where the trainings of all
 settings run side by side.
 """

@@ -96,7 +96,7 @@ class TrainConfig:
     expert_batch: Positive | None = None
     """Passages per step of an expert that is not trained with the trunk; none = 1 after it, `batch` from the base."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled decay."""
+    """AdamW's decoupled decay; experts that are trained with a trunk have none."""
     warmup: Fraction = 0.05
     """Share of the steps in which the rate rises; it then falls linearly, to zero unless experts go on from there."""
     clip: Annotated[float, Field(gt=0)] = 1.0

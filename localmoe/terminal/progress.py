@@ -19,6 +19,7 @@ STAGES: dict[Stage, tuple[str, str]] = {
     "tokenize": ("tokenize", "documents"),
     "embed": ("embed", "documents"),
     "cluster": ("cluster", "clusters"),
+    "prompts": ("embed prompts", "documents"),
     "rates": ("try rates", "tokens"),
     "trunk": ("train trunk", "tokens"),
     "experts": ("train experts", "tokens"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -45,13 +47,19 @@ def embed_documents(work: Work, encoder: Encoder, rows: Rows, watch: Watch) -> n
 def embed_prompts(
     work: Work, tokenizer: Any, encoder: Encoder, rows: Sequence[int], split: str, watch: Watch
 ) -> np.ndarray:
-    """φ of the first tokens of these documents (ascending rows, all of a split) [m, d] fp32; it resumes too."""
-    parts = [np.zeros((0, encoder.dim), dtype=np.float32)]
-    for first in range(0, len(rows), _SHARD):
-        name = f"prompts-{split}-{first // _SHARD:05d}.npy"
-        if not work.has(name):
-            chosen = work.chosen(rows[first : first + _SHARD])
-            work.write_array(name, encoder.encode([prompt_of(document, tokenizer) for _, document in chosen]))
-        parts.append(work.read_array(name))
-        watch(Event("embed", min(first + _SHARD, len(rows)), len(rows)))
-    return np.concatenate(parts)
+    """φ of the first tokens of these documents (ascending rows, all of a split) [m, d] fp32, memory-mapped.
+
+    A shard a few thousand documents, so that it resumes.
+    """
+    if not rows:
+        return np.zeros((0, encoder.dim), dtype=np.float32)
+    shards = [f"prompts-{split}-{number:05d}.npy" for number in range(math.ceil(len(rows) / _SHARD))]
+    done = next((number for number, name in enumerate(shards) if not work.has(name)), len(shards))
+    documents = work.chosen(rows[done * _SHARD :])
+    for number, name in enumerate(shards[done:], done):
+        texts = [prompt_of(document, tokenizer) for _, document in islice(documents, _SHARD)]
+        work.write_array(name, encoder.encode(texts))
+        watch(Event("prompts", min((number + 1) * _SHARD, len(rows)), len(rows)))
+    if not work.has(f"prompts-{split}.npy"):
+        work.join_arrays(f"prompts-{split}.npy", (len(rows), encoder.dim), shards)
+    return work.read_array(f"prompts-{split}.npy")

@@ -6,8 +6,9 @@ was trained: Σ w_k (B₀ + b_k) A, since weights sum to 1. The trunk is the mea
 what their documents have in common, so that (A, B₀) alone would be no model of anything.
 
 With g = dloss/dB of a document and v̂ the second moment that AdamW keeps of B₀, a step of rate η takes ρ η w_k g / √v̂
-from b_k, no element of g / √v̂ beyond 1: what one document teaches moves another's mix by 1 + ρ Σ_k w_k w'_k of what
-AdamW moves B₀. Experts with moments of their own would take steps of one size whether their documents agree or not.
+from b_k, no element of g / √v̂ beyond 1: what one document teaches moves another's mix by about 1 + ρ Σ_k w_k w'_k of
+what AdamW moves B₀. With moments of their own experts would take steps of one size, whether their documents agree or
+not.
 """
 
 from __future__ import annotations
@@ -82,9 +83,10 @@ def train_jointly(
     keep: Callable[[State], None] | None = None,
     kept: State | None = None,
 ) -> JointTrained:
-    """Train a trunk by AdamW and its experts beside it: warm-up then linear decay to zero, gradients clipped.
+    """Train a trunk by AdamW and its experts beside it: warm-up then linear decay to zero.
 
-    b_k starts at zero, and takes a step only where one of the step's documents has a weight for it. The base is frozen.
+    Gradients are clipped, the experts' by the trunk's factor. b_k starts at zero, takes a step only where one of the
+    step's documents has a weight for it, and has neither momentum nor decay. The base is frozen.
     `keep` is handed the state now and then, and at the end; `kept` is one to go on from. Equal inputs, seed and threads
     give equal bytes on a CPU, interrupted or not. Raises DivergedError for a loss or a factor that is not finite.
     """

@@ -110,16 +110,16 @@ def _build(source: str | Path, path: Path, config: BuildConfig, map: Map, watch:
     watch(Event("tokenize", count, count, _token_note(rows)))
     embeddings = embed_documents(work, encoder, rows, watch)
     clusters = _cluster(work, embeddings, rows, config, watch)
-    _check_disk(path, work, model, config, clusters)
-    checked = checked_on(rows, clusters, embeddings)
-    asked = config.train
-    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, expert_rate(asked))
-    ground = replace(ground, learning_rate=search_rate(ground, watch))
     joint = config.train.recipe == "joint" and bool(rows.where("train", ()))
     prompts = {
         split: embed_prompts(work, tokenizer, encoder, rows.where(split, ()), split, watch)
         for split in (("train", "tune") if joint else ("tune",))
     }
+    _check_disk(path, work, model, config, clusters)
+    checked = checked_on(rows, clusters, embeddings)
+    asked = config.train
+    ground = Groundwork(path, work, config, rows, clusters, checked, asked.learning_rate, expert_rate(asked))
+    ground = replace(ground, learning_rate=search_rate(ground, watch))
     mixes = mixes_of(ground, embeddings, prompts) if joint else None
     if mixes is not None:
         ground = replace(ground, expert_rate=search_joint_rate(ground, _trunk_task(ground), mixes, watch))

@@ -109,7 +109,7 @@ def advice(plan: Plan) -> str:
         if count < FEW:
             return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
         if plan.explained >= UNLIKE:
-            return f"{unlike}: so unlike, experts were seen to pay, or at worst to be level; measure it: localmoe eval"
+            return f"{unlike}: so unlike, experts were seen to pay; measure it: localmoe eval"
         if plan.tokens_per_parameter >= SCARCE:
             return (
                 f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and eager ones more "
@@ -175,12 +175,17 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
         bank_bytes=adapters * adapter_bytes(model, config.train.rank)
         + count * 2 * encoder.dim
         + (texts if config.keep_texts else 0),
-        work_bytes=texts + passages + 2 * count * 4 * encoder.dim + 2 * training_bytes,
+        work_bytes=texts + passages + 2 * (count + _prompts(rows, config)) * 4 * encoder.dim + 2 * training_bytes,
         training_bytes=training_bytes,
         tokens_per_parameter=tokens["train"] / (adapter_bytes(model, config.train.rank) / 2),
         explained=clustering.explained(found.trees),
         times=times,
     )
+
+
+def _prompts(rows: Rows, config: BuildConfig) -> int:
+    """Documents of which the first tokens are embedded too."""
+    return len(rows.where("tune", ())) + (len(rows.where("train", ())) if config.train.recipe == "joint" else 0)
 
 
 def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
@@ -239,7 +244,7 @@ def _times(
         tried += train_tokens * min(1.0, EXPERTS / max(1, len(found.access))) / expert_speed
     length = float(np.minimum(rows.tokens[tune], config.corpus.passage_tokens).mean()) if tune else 0.0
     checked = min(AT_MOST, len(tune)) + min(AT_MOST * len(found.access), len(tune))
-    prompts = len(tune) + (len(rows.where("train", ())) if joint else 0)  # shorter than documents: this is the most
+    prompts = _prompts(rows, config)  # shorter than documents, but the base's tokenizer cuts them
     return Times(
         embed=(len(rows.ids) - len(rows.where("unused")) + prompts) / documents_per_second,
         rates=len(config.search.rates) * tried,

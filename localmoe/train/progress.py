@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["read", "tokenize", "embed", "cluster", "rates", "trunk", "experts", "route", "commit"]
+Stage = Literal["read", "tokenize", "embed", "cluster", "prompts", "rates", "trunk", "experts", "route", "commit"]
 
 
 @dataclass(frozen=True)

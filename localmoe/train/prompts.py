@@ -11,11 +11,16 @@ from localmoe.train.documents import Document
 
 PREFIX_TOKENS = 50
 """A prompt is the first tokens of a document, as the evaluation will show them (specification)."""
+_LONG = 16  # characters a token
 
 
 def prompt_of(document: Document, tokenizer: Any) -> str:
     """The first tokens of what a document is routed by, or all of it where these are blank."""
-    ids = tokenizer(document.query, verbose=False)["input_ids"][:PREFIX_TOKENS]
+    start = document.query[: PREFIX_TOKENS * _LONG]  # enough of a long document, nearly always
+    ids = tokenizer(start, verbose=False)["input_ids"]
+    if len(ids) <= 2 * PREFIX_TOKENS:
+        ids = tokenizer(document.query, verbose=False)["input_ids"]
+    ids = ids[:PREFIX_TOKENS]
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text if text.strip() else document.query
 

@@ -1,7 +1,7 @@
 """Shrinkage: how much of what sets jointly trained experts apart from their mean is worth keeping.
 
-Steps of AdamW are of one size, whether neighbourhoods differ or not, so that experts of much alike documents learn more
-noise than difference. B_k becomes B̄ + s (B_k − B̄), with the share s that tune documents like best, and B̄ the trunk's.
+Experts of much alike documents learn more noise than difference. B_k becomes B̄ + s (B_k − B̄), with the share s that
+tune documents like best, and B̄ the trunk's.
 """
 
 from __future__ import annotations
