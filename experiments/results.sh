@@ -52,7 +52,7 @@ for part in $parts; do
         mixed_corpus
         measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
             --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 -- --documents 250 \
-            --set fine_tune.tune_tokens=25000 --methods base,trunk,merged,fine-tuned,null,merged-1 ;;
+            --set fine_tune.tune_tokens=25000 --methods base,trunk,merged,fine-tuned,null,merged-1,ensemble ;;
     python)
         measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 500000 --clusters 24 --min-tokens 8000 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1 -- --documents 300 \
