@@ -110,7 +110,7 @@ def choose_beta(queries: np.ndarray, centroids: Centroids, config: RouteConfig) 
     if len(queries) < ENOUGH:
         beta = UNTUNED_BETA if config.beta is None else config.beta
         return record(beta, 0.0), f"β = {beta} was not tuned: there are only {len(queries)} public tune documents"
-    prompts = torch.from_numpy(queries)
+    prompts = torch.from_numpy(np.array(queries))  # a memory map may not be written to, of which torch would warn
     if config.beta is not None:
         beta = config.beta
     else:

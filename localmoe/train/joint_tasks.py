@@ -69,7 +69,7 @@ def mixes_of(ground: Groundwork, embeddings: np.ndarray, prompts: Mapping[str, n
     place = {name: number for number, name in enumerate(names)}
 
     def mixes(vectors: np.ndarray) -> list[Weights]:
-        queries = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+        queries = torch.nn.functional.normalize(torch.from_numpy(np.array(vectors)), dim=1)
         found = route(queries, centroids, config)
         pairs = (zip(mix.experts, mix.weights, strict=True) for mix in found)
         return [tuple((place[name], w) for name, w in mix) for mix in pairs]
@@ -78,7 +78,7 @@ def mixes_of(ground: Groundwork, embeddings: np.ndarray, prompts: Mapping[str, n
     by_prompt: dict[int, Weights] = {}
     for split in ("train", "tune"):
         rows = ground.rows.where(split, ())
-        by_prompt = dict(zip(rows, mixes(prompts[split]), strict=True))  # the last split's stay: those of tune
+        by_prompt |= zip(rows, mixes(prompts[split]), strict=True)
         documents |= {
             row: _halfway(mix, by_prompt[row]) for row, mix in zip(rows, mixes(embeddings[rows]), strict=True)
         }
