@@ -27,7 +27,7 @@ mixed_corpus() { # five kinds of text, of which the laboratory model has seen no
 
 small=(--base "$work/laboratory/model" --encoder static --set threads=1 --min-tokens 4000 --set train.batch=4
     --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.15)
-methods=base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform,ttt-trunk,ensemble,ttt-fine-tuned
+methods=base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform,ttt-trunk,ensemble
 tuned=(--documents 300 --methods $methods --set 'fine_tune.batches=[]'
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
 [ -f "$work/python.jsonl" ] || "$bin/python" experiments/python_corpus.py "$work/python.jsonl"
