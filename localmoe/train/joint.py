@@ -195,11 +195,9 @@ class _Course:
             direction = own.div_(torch.maximum(spread, own.abs())).to(self._experts[0].device)
             for k, weight in self._weights[id(passage)]:
                 self._experts[k].add_(direction, alpha=-now * job.expert_rate * weight)
+                self._tokens[k] += weight * passage.predicted
         for k in {k for passage in batch for k, _ in self._weights[id(passage)]}:
             self._own[k].append(value)
-        for passage in batch:
-            for k, weight in self._weights[id(passage)]:
-                self._tokens[k] += weight * passage.predicted
         self._losses.append(value)
         return sum(passage.predicted for passage in batch)
 

@@ -18,7 +18,7 @@ def prompt_of(document: Document, tokenizer: Any) -> str:
     """The first tokens of what a document is routed by, or all of it where these are blank."""
     start = document.query[: PREFIX_TOKENS * _LONG]  # enough of a long document, nearly always
     ids = tokenizer(start, verbose=False)["input_ids"]
-    if len(ids) <= 2 * PREFIX_TOKENS:
+    if len(ids) <= 2 * PREFIX_TOKENS and len(start) < len(document.query):
         ids = tokenizer(document.query, verbose=False)["input_ids"]
     ids = ids[:PREFIX_TOKENS]
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
