@@ -23,7 +23,10 @@ def make_figures(names: Sequence[str], material: Material, folder: Path, made: M
     """
     every = ALL in names
     wanted = list(figures) if every else list(dict.fromkeys(names))
-    functions = {name: figures[name] for name in wanted}
+    functions: dict[str, Callable[[Material], Figure]] = {}
+    for name in wanted:
+        if not (every and figures[name] in functions.values()):  # all: a figure of two names once
+            functions[name] = figures[name]
     left_out = {}
     for name, function in functions.items():
         try:

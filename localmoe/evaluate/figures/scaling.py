@@ -25,6 +25,8 @@ from localmoe.runtime.engine import base_mix
 
 _TTT = ("ttt-trunk", "ttt")
 _MERGED = ("merged-1", "merged-3", "merged-10")
+_SHIPPED = "as shipped"
+_GAIN = ("gain", "low", "high")
 
 
 @figures.register("1-left")
@@ -115,8 +117,9 @@ def _means(rows: Sequence[Row]) -> list[Row]:
 
 @figures.register("1-right")
 def number_of_clusters(material: Material) -> Figure:
-    """Perplexity against the number of experts K, for several N; from banks that hold out the same documents."""
+    """Perplexity against the number of experts K, as shipped and for several N; banks hold out the same documents."""
     rows: list[Row] = []
+    first: list[float] | None = None
     settings: dict[str, Any] = {}
     names: tuple[str, ...] = ()
     digests = []
@@ -127,11 +130,16 @@ def number_of_clusters(material: Material) -> Figure:
         settings = settings or held.settings()
         count = len(held.engine.router.centroids.experts)
         base = held.nll([base_mix(held.engine.bank)] * len(held), f"{source.name}: base")
+        shipped = held.nll(held.mixes(), f"{source.name}: {_SHIPPED}")
+        first = shipped if first is None else first
+        compared = {f"over_first_{key}": value for key, value in held.measured(shipped, first).items() if key in _GAIN}
+        row = {"bank": source.name, "method": _SHIPPED, "experts": count, "active": None, "documents": len(held)}
+        rows.append(row | held.measured(shipped, base) | compared)
         for active in material.config.active:
             if active <= max(1, count):
                 mixes = held.mixes(held.with_active(active))
                 nll = held.nll(mixes, f"{source.name}: {active} experts active")
-                row: Row = {"bank": source.name, "experts": count, "active": active}
+                row = {"bank": source.name, "method": "merged", "experts": count, "active": active}
                 rows.append(row | {"documents": len(held)} | held.measured(nll, base))
     others, left_out = _from_results(material, digests, names)
     rows += others
@@ -148,11 +156,12 @@ def number_of_clusters(material: Material) -> Figure:
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
         actives = sorted({row["active"] for row in rows if row["active"] is not None})
+        lines = [(f"{active} active", [row for row in rows if row["active"] == active]) for active in actives]
+        lines.append((_SHIPPED, [row for row in rows if row["method"] == _SHIPPED]))
         series = []
-        for place, active in enumerate(actives):
-            points = sorted((row["experts"], row["perplexity"]) for row in rows if row["active"] == active)
-            x, y = zip(*points, strict=True)
-            series.append(Series(f"{active} active", x, y, colour=COLOURS[place % len(COLOURS)]))
+        for place, (title, drawn) in enumerate(line for line in lines if line[1]):
+            x, y = zip(*sorted((row["experts"], row["perplexity"]) for row in drawn), strict=True)
+            series.append(Series(title, x, y, colour=COLOURS[place % len(COLOURS)]))
         for row in rows:
             if row["experts"] is None:
                 reference(axes, row["perplexity"], f"{row['method']}, {row['bank']}", FAINT)
@@ -161,7 +170,8 @@ def number_of_clusters(material: Material) -> Figure:
         axes.set(xlabel="experts K", ylabel="perplexity")
 
     caption = (
-        "Merged models; β is found on each bank's tune documents for every N. The gain in the data is over the base."
+        "Merged models; β is found on each bank's tune documents for every N. Gains in the data are over the base, and "
+        "those as shipped over the first bank too."
     )
     if left_out:
         caption += f" Left out: {'; '.join(left_out)}."

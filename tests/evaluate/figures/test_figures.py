@@ -15,12 +15,13 @@ from localmoe.errors import UnknownNameError, UsageError
 from localmoe.evaluate.figures.figure import Figure, as_table, figures, write_figure
 from localmoe.evaluate.figures.making import make_figures
 from localmoe.evaluate.figures.material import HeldOut, Material
+from localmoe.evaluate.statistics import compare, perplexity
 from localmoe.routing import similarities
 from localmoe.runtime.engine import base_mix
 
 NAMES = [
     *("1-left", "1-right", "4-left", "4-middle", "4-right", "5", "6-left", "6-middle", "6-right", "8", "9", "10"),
-    *("table-1", "table-2", "table-5", "table-6", "table-8", "table-9", "table-10"),
+    *("table-1", "table-2", "table-5", "table-6", "table-7", "table-8", "table-9", "table-10"),
     *("beta", "clusterings", "encoders", "prefix-length", "run-times"),
 ]
 
@@ -140,6 +141,16 @@ def test_points_of_other_documents_are_left_out_and_said(made: dict[str, Figure]
     assert "others: scored on other documents" in again.caption
 
 
+def test_banks_are_compared_with_the_first_as_they_are_shipped(made: dict[str, Figure], material: Material) -> None:
+    first, second = [row for row in made["1-right"].rows if row.get("method") == "as shipped"]
+    assert (first["experts"], first["over_first_gain"]) == (4, 0.0)
+    shipped = [held.nll(held.mixes(), "test") for held in material.every_held_out()]
+    counts = material.held_out().counts()
+    found = compare(shipped[1], shipped[0], counts, material.evaluation.seed)
+    assert [second[f"over_first_{key}"] for key in ("gain", "low", "high")] == [found.gain, found.low, found.high]
+    assert second["perplexity"] == perplexity(shipped[1], counts)
+
+
 def test_the_cost_of_tokens_grows_by_the_measured_pace(made: dict[str, Figure]) -> None:
     row = _row(made["4-left"], active=10, tokens=100)
     assert row["base"] == pytest.approx(2.01)
@@ -171,7 +182,7 @@ def test_all_leaves_out_what_cannot_be_made_and_says_why(material: Material, tmp
     poor = Material(material.config, material.evaluation, results=material.results)
     done: list[str] = []
     left_out = make_figures(["all"], poor, tmp_path, lambda name, figure, files: done.append(name))
-    assert sorted([*done, *left_out]) == list(figures)
+    assert sorted([*done, *left_out, "table-7"]) == list(figures)  # which is table-6, of a bank of code
     assert "made from a bank" in left_out["5"]
     assert "table-1" in done
 
