@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from localmoe.evaluate.results import Results, read_results
+from localmoe.quantities import interval_text
 from localmoe.train.plan import SCARCE, UNLIKE
 
 COLOURS = {1: "#1b7f5c", 0: "#8a8f98", -1: "#c0392b"}
@@ -29,6 +30,11 @@ class Point(NamedTuple):
     high: float
     experts: int
     tokens: int
+
+    @property
+    def interval(self) -> str:
+        """The gain with its interval, in words."""
+        return interval_text(self.gain, self.low, self.high)
 
     @property
     def sign(self) -> int:
@@ -61,7 +67,7 @@ def draw(points: list[Point], target: Path) -> None:
     for one in points:
         axes.scatter(one.tokens_per_parameter, one.explained, s=70, color=COLOURS[one.sign], zorder=3)
         axes.annotate(
-            f"{one.name}\n{100 * one.gain:+.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}]",
+            f"{one.name}\n{one.interval}",
             (one.tokens_per_parameter, one.explained),
             xytext=(7, 0),
             textcoords="offset points",
@@ -87,9 +93,8 @@ def main() -> None:
     print("| evaluation | experts | tokens | tokens a parameter | unlike | gain over the fine-tune |")
     print("|---|---|---|---|---|---|")
     for one in kept:
-        gain = f"{100 * one.gain:+.2f} % [{100 * one.low:.2f}, {100 * one.high:.2f}]"
         place = f"{one.tokens_per_parameter:.2g} | {one.explained:.2f}"
-        print(f"| {one.name} | {one.experts} | {one.tokens:,} | {place} | {gain} |")
+        print(f"| {one.name} | {one.experts} | {one.tokens:,} | {place} | {one.interval} |")
     draw(kept, arguments.output)
 
 

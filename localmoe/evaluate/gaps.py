@@ -57,7 +57,7 @@ def _asked(results: Results) -> list[str]:
 
 def gap_sentences(results: Results) -> list[str]:
     """The gaps that the shipped default closes, or why there is none; of those alone whose end was scored."""
-    method = next((method for method in results.methods if method.default), None)
+    method = results.default
     if method is None:
         return []
     sentences = []

@@ -111,6 +111,11 @@ class Results:
         """Of the bootstrap: the evaluation's own, so that its intervals are the same everywhere."""
         return int(self.config.get("eval", {}).get("seed", 0))
 
+    @property
+    def default(self) -> MethodResult | None:
+        """The result of the shipped default, if it is among them."""
+        return next((method for method in self.methods if method.default), None)
+
     def method(self, name: str) -> MethodResult | None:
         """The result of one method, if it is among them."""
         return next((method for method in self.methods if method.name == name), None)

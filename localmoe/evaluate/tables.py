@@ -143,7 +143,7 @@ def costs_table(results: Results) -> Table:
         "first_token": "from the prompt to the first token, all included",
         "per_token": "every token after the first",
     }
-    default = next((method for method in results.methods if method.default), None)
+    default = results.default
     token = None if default is None else default.seconds.get("per_token")
     rows = []
     for method in results.methods:

@@ -77,7 +77,7 @@ def verdict(row: ComparisonRow, results: Results) -> str:
 
 def control_sentence(results: Results) -> str | None:
     """Whether shuffled centroids lose to the shipped default, as they must if routing matters; None if not scored."""
-    null, default = results.method(CONTROL), next((method for method in results.methods if method.default), None)
+    null, default = results.method(CONTROL), results.default
     if null is None or default is None:
         return None
     places, (shuffled, ours) = in_common([null, default])

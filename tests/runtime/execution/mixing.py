@@ -5,15 +5,25 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import tiny
 import torch
 
 from localmoe.config import ExecutionConfig
 from localmoe.lora import Adapter, weight_of
 from localmoe.models import target_linears
 from localmoe.routing import Mix
-from localmoe.runtime.execution import Executor
+from localmoe.runtime.execution import Executor, Way
 
 TOLERANCE = 2e-4  # fp32, logits of size 1 to 10
+WAYS: tuple[Way, ...] = ("dense", "stacked", "grouped")
+IDS = tiny.passages(9)[0].tokens[None]
+
+
+def three_adapters(model: Any) -> dict[str, Adapter]:
+    """Three experts of different ranks."""
+    return {
+        name: tiny.random_adapter(model, seed, rank) for name, seed, rank in (("a", 1, 2), ("b", 2, 3), ("c", 3, 1))
+    }
 
 
 def bank(adapters: Mapping[str, Adapter], trunk: Adapter | None = None) -> Any:
@@ -38,6 +48,14 @@ def mix(**weights: float) -> Mix:
     """A linear mix of experts by name."""
     names = sorted(weights)
     return Mix(tuple(names), tuple(weights[name] for name in names), "linear", "digest", None)
+
+
+@torch.no_grad()
+def logits_of(run: Executor, chosen: Mix, way: Way, stay: bool = False, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """What the executor's model gives for these tokens with the mix attached."""
+    with run.attached(run.load([chosen]), way, stay):
+        logits: torch.Tensor = run.model(ids).logits
+    return logits
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
-from mixing import TOLERANCE, executor, mix, oracle
+from mixing import IDS, TOLERANCE, WAYS, executor, logits_of, mix, oracle, three_adapters
 
-from localmoe.errors import BankError, UsageError
+from localmoe.errors import UsageError
 from localmoe.lora import Adapter, LowRank, weight_of
 from localmoe.merging import mergers
 from localmoe.models import target_linears
 from localmoe.routing import Mix
-from localmoe.runtime.execution import TRUNK, Choice, Executor, Way, rounded
+from localmoe.runtime.execution import TRUNK, Choice, Way, rounded
 from localmoe.runtime.execution.executor import _device_bytes
 
-WAYS: tuple[Way, ...] = ("dense", "stacked", "grouped")
 NEGATIVE = {"a": 0.7, "b": -0.4, "c": 1.1}
-IDS = tiny.passages(9)[0].tokens[None]
-
-
-def _adapters(model: Any) -> dict[str, Adapter]:
-    """Three experts of different ranks."""
-    return {
-        name: tiny.random_adapter(model, seed, rank) for name, seed, rank in (("a", 1, 2), ("b", 2, 3), ("c", 3, 1))
-    }
 
 
 def _sharing(model: Any) -> tuple[dict[str, Adapter], Adapter]:
@@ -45,13 +34,6 @@ def _sharing(model: Any) -> tuple[dict[str, Adapter], Adapter]:
     return experts, trunk
 
 
-@torch.no_grad()
-def _logits(run: Executor, chosen: Mix, way: Way, stay: bool = False, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with run.attached(run.load([chosen]), way, stay):
-        logits: torch.Tensor = run.model(ids).logits
-    return logits
-
-
 # one algebra
 
 
@@ -60,9 +42,9 @@ def _logits(run: Executor, chosen: Mix, way: Way, stay: bool = False, ids: torch
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_every_way_gives_the_logits_of_the_formula(name: str, way: Way, stay: bool) -> None:
     model = tiny.base(name)
-    adapters, before = _adapters(model), tiny.checksum(model)
+    adapters, before = three_adapters(model), tiny.checksum(model)
     expected = oracle(model, adapters, mix(**NEGATIVE), IDS)
-    logits = _logits(executor(model, adapters), mix(**NEGATIVE), way, stay)
+    logits = logits_of(executor(model, adapters), mix(**NEGATIVE), way, stay)
     torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert tiny.checksum(model) == before
 
@@ -75,7 +57,7 @@ def test_every_way_gives_the_logits_of_peft(name: str, tmp_path: Path) -> None:
         theirs = tiny.peft_model(model, adapter, tmp_path)(IDS).logits
     run = executor(model, {"a": adapter})
     for way in WAYS:
-        torch.testing.assert_close(_logits(run, mix(a=1.0), way), theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(logits_of(run, mix(a=1.0), way), theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -88,7 +70,7 @@ def test_experts_that_share_their_first_factor_and_their_trunk_merge_exactly(nam
     run = executor(model, experts, trunk)
     loaded = run.load([chosen])
     assert loaded.active is not None and loaded.active.shared is not None
-    torch.testing.assert_close(_logits(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(logits_of(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -97,7 +79,7 @@ def test_an_expert_with_factors_of_its_own_mixes_with_those_that_share_one(way: 
     experts, trunk = _sharing(model)
     experts["c"] = tiny.random_adapter(model, 3, 2)
     chosen = mix(a=0.8, b=0.5, c=-0.6)
-    logits = _logits(executor(model, experts, trunk), chosen, way)
+    logits = logits_of(executor(model, experts, trunk), chosen, way)
     expected = oracle(model, experts, chosen, IDS)
     torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -111,7 +93,7 @@ def test_experts_of_equal_contents_count_as_often_as_they_are_in_the_mix(way: Wa
     for record in run.bank.manifest.experts[:2]:
         record.adapter.sha256 = "one content"
     expected = oracle(model, adapters, chosen, IDS)
-    torch.testing.assert_close(_logits(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(logits_of(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_mixes_that_differ_in_why_they_were_chosen_alone_are_one() -> None:
@@ -123,28 +105,28 @@ def test_mixes_that_differ_in_why_they_were_chosen_alone_are_one() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_scaling_that_differs_between_modules_and_rows_is_kept(way: Way) -> None:
     model = tiny.base("llama")
-    adapters = _adapters(model)
+    adapters = three_adapters(model)
     adapters["b"] = {
         module: LowRank(update.A, update.B, torch.rand(update.rank) + place)
         for place, (module, update) in enumerate(adapters["b"].items())
     }
     expected = oracle(model, adapters, mix(a=0.5, b=0.1), IDS)
-    logits = _logits(executor(model, adapters), mix(a=0.5, b=0.1), way)
+    logits = logits_of(executor(model, adapters), mix(a=0.5, b=0.1), way)
     torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_experts_of_a_few_modules_leave_the_others_alone_and_nothing_stays_of_the_mix_before(way: Way) -> None:
     model = tiny.base("llama")
-    adapters = _adapters(model)
+    adapters = three_adapters(model)
     few = {name: dict(list(adapter.items())[:3]) for name, adapter in adapters.items()}
     both = adapters | {f"few-{name}": adapter for name, adapter in few.items()}
     run = executor(model, both)
-    _logits(run, mix(**NEGATIVE), way)
+    logits_of(run, mix(**NEGATIVE), way)
     chosen = Mix(("few-a", "few-b"), (0.5, 0.4), "linear", "digest", None)
     left_out = {m: LowRank(u.A * 0, u.B, u.c) for m, u in adapters["a"].items() if m not in few["a"]}
     expected = oracle(model, {f"few-{name}": adapter | left_out for name, adapter in few.items()}, chosen, IDS)
-    torch.testing.assert_close(_logits(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(logits_of(run, chosen, way).double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -152,18 +134,19 @@ def test_in_bf16_the_logits_are_within_a_bf16_models_own_error(way: Way) -> None
     # the oracle of the bf16 model is itself off by what its activations are rounded by
     model = tiny.causal_model("llama", **tiny.LLAMA).bfloat16()
     adapters = {
-        n: {m: LowRank(u.A.bfloat16(), u.B.bfloat16(), u.c) for m, u in a.items()} for n, a in _adapters(model).items()
+        n: {m: LowRank(u.A.bfloat16(), u.B.bfloat16(), u.c) for m, u in a.items()}
+        for n, a in three_adapters(model).items()
     }
     expected = oracle(model, adapters, mix(**NEGATIVE), IDS)
     rounding = (model(IDS).logits.double() - oracle(model, {}, mix(), IDS)).abs().mean()
-    error = (_logits(executor(model, adapters), mix(**NEGATIVE), way).double() - expected).abs().mean()
+    error = (logits_of(executor(model, adapters), mix(**NEGATIVE), way).double() - expected).abs().mean()
     assert error < 2 * rounding
 
 
 def test_every_row_of_a_batch_has_its_own_mix() -> None:
     for name in tiny.ARCHITECTURES:
         model = tiny.base(name)
-        adapters = _adapters(model)
+        adapters = three_adapters(model)
         mixes = [mix(a=1.0), mix(b=0.5, c=-0.5), mix(), mix(a=0.3, c=0.7)]
         ids = torch.stack([passage.tokens for passage in tiny.passages(9, 9, 9, 9)])
         run = executor(model, adapters)
@@ -192,7 +175,7 @@ def test_every_row_of_a_batch_has_its_own_mix_of_experts_that_share_a_factor() -
 
 def test_a_method_that_is_low_rank_or_dense_runs_where_it_can() -> None:
     model = tiny.base("llama")
-    adapters = _adapters(model)
+    adapters = three_adapters(model)
     expected = oracle(model, adapters, mix(a=0.5, b=0.5), IDS)
 
     @mergers.register("test-dense")
@@ -208,10 +191,10 @@ def test_a_method_that_is_low_rank_or_dense_runs_where_it_can() -> None:
         for method, ways in (("test-dense", WAYS[:1]), ("test-low-rank", WAYS)):
             for way in ways:
                 chosen = Mix(("a", "b"), (0.5, 0.5), method, "digest", None)
-                logits = _logits(run, chosen, way)
+                logits = logits_of(run, chosen, way)
                 torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
         with pytest.raises(UsageError, match="dense updates"):
-            _logits(run, Mix(("a", "b"), (0.5, 0.5), "test-dense", "digest", None), "stacked")
+            logits_of(run, Mix(("a", "b"), (0.5, 0.5), "test-dense", "digest", None), "stacked")
     finally:
         for method in ("test-dense", "test-low-rank"):
             mergers._functions.pop(method)
@@ -224,7 +207,7 @@ def test_a_method_that_is_low_rank_or_dense_runs_where_it_can() -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_the_base_is_as_it_was_after_exceptions(name: str, way: Way) -> None:
     model = tiny.base(name)
-    before, run = tiny.checksum(model), executor(model, _adapters(model))
+    before, run = tiny.checksum(model), executor(model, three_adapters(model))
     with torch.no_grad():
         plain = model(IDS).logits
         for _ in range(2):
@@ -238,15 +221,15 @@ def test_the_base_is_as_it_was_after_exceptions(name: str, way: Way) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_mix_without_experts_is_the_base_itself(way: Way) -> None:
     model = tiny.base("llama")
-    run = executor(model, _adapters(model))
-    _logits(run, mix(a=1.0), way)
+    run = executor(model, three_adapters(model))
+    logits_of(run, mix(a=1.0), way)
     with torch.no_grad():
-        assert torch.equal(_logits(run, mix(), way), model(IDS).logits)
+        assert torch.equal(logits_of(run, mix(), way), model(IDS).logits)
 
 
 def test_what_one_phase_begins_another_goes_on_with() -> None:
     model = tiny.base("llama")
-    adapters = _adapters(model)
+    adapters = three_adapters(model)
     run = executor(model, adapters)
     expected = oracle(model, adapters, mix(**NEGATIVE), IDS)
     for choice in (Choice("stacked", "dense"), Choice("dense", "stacked"), Choice("grouped", "grouped")):
@@ -258,8 +241,8 @@ def test_what_one_phase_begins_another_goes_on_with() -> None:
         logits = torch.cat([first.logits, rest], dim=1)
         torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
     # memory that was first written in inference mode is written outside it
-    _logits(run, mix(b=1.0), "dense")
-    _logits(run, mix(b=1.0), "stacked", stay=True)
+    logits_of(run, mix(b=1.0), "dense")
+    logits_of(run, mix(b=1.0), "stacked", stay=True)
 
 
 # caches
@@ -267,7 +250,7 @@ def test_what_one_phase_begins_another_goes_on_with() -> None:
 
 def test_a_repeated_mix_is_not_merged_again_and_a_changed_weight_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.base("llama")
-    adapters = _adapters(model)
+    adapters = three_adapters(model)
     gathered: list[int] = []
     for run in (executor(model, adapters), executor(model, adapters, mix_cache=False)):
         for workspace in (*run.dense._workspaces, run.beside.staying):
@@ -282,7 +265,7 @@ def test_a_repeated_mix_is_not_merged_again_and_a_changed_weight_is(monkeypatch:
         for way in ("dense", "stacked"):
             for weight, again in ((0.5, 1), (0.5, 0), (0.5 + 1e-7, 1), (0.5, 1)):
                 gathered.clear()
-                logits = _logits(run, mix(a=weight, b=0.5), way, stay=True)
+                logits = logits_of(run, mix(a=weight, b=0.5), way, stay=True)
                 expected = oracle(model, adapters, mix(a=weight, b=0.5), IDS)
                 torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
                 assert len(gathered) == blocks * (again if run.config.mix_cache else 1)
@@ -290,11 +273,11 @@ def test_a_repeated_mix_is_not_merged_again_and_a_changed_weight_is(monkeypatch:
 
 def test_factors_that_stay_are_those_of_their_mix_after_another_has_passed() -> None:
     model = tiny.base("llama")
-    adapters = _adapters(model)
+    adapters = three_adapters(model)
     run = executor(model, adapters)
     for chosen, stay in ((mix(a=1.0), True), (mix(b=1.0), False), (mix(a=1.0), True), (mix(b=1.0), True)):
         expected = oracle(model, adapters, chosen, IDS)
-        logits = _logits(run, chosen, "stacked", stay)
+        logits = logits_of(run, chosen, "stacked", stay)
         torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -310,7 +293,9 @@ def test_experts_are_read_when_they_are_used_and_leave_when_memory_is_full() -> 
     for names in (("e0001", "e0002"), ("e0001", "e0003"), ("e0001", "e0002", "e0003")):
         chosen = mix(**dict.fromkeys(names, 0.5))
         expected = oracle(model, adapters, chosen, IDS)
-        torch.testing.assert_close(_logits(small, chosen, "stacked").double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(
+            logits_of(small, chosen, "stacked").double(), expected, rtol=TOLERANCE, atol=TOLERANCE
+        )
         assert small.host.bytes <= 2 * one
     assert "hash of e0001" not in small.host
     nothing = executor(model, adapters, host_bytes=0)
@@ -320,7 +305,7 @@ def test_experts_are_read_when_they_are_used_and_leave_when_memory_is_full() -> 
 
 def test_prefetched_experts_are_in_memory_and_errors_wait_in_the_future() -> None:
     model = tiny.base("llama")
-    run = executor(model, _adapters(model))
+    run = executor(model, three_adapters(model))
     run.prefetch(["a", "c"]).result(timeout=60)
     assert "hash of a" in run.host and "hash of b" not in run.host
     with pytest.raises(KeyError):
@@ -365,7 +350,7 @@ def test_experts_on_a_gpu_leave_room_for_the_copy_of_the_weights(monkeypatch: py
     run = executor(model, {"a": tiny.random_adapter(model)})
     weights = sum(weight_of(module).nbytes for module in target_linears(model).values())
     assert run.dense.bytes_missing == weights
-    _logits(run, mix(a=1.0), "dense")
+    logits_of(run, mix(a=1.0), "dense")
     assert run.dense.bytes_missing == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 if device.index == 1 else 0, 2000))
     device = torch.device("cuda", 1)
@@ -379,106 +364,3 @@ def test_rounded_weights_are_multiples_that_keep_their_sum_and_never_nothing() -
     assert rounded(mix(a=0.1), 4) == mix(a=0.1)
     assert rounded(mix(a=0.3, b=0.3, c=0.1, d=0.1, e=0.1, f=0.1), 4) == mix(a=0.25, b=0.25, c=0.25, d=0.25)
     assert rounded(mix(a=1.25, b=-0.25), 2) == mix(a=1.5, b=-0.5)
-
-
-# what is refused
-
-
-def test_a_base_that_is_cut_over_devices_is_refused() -> None:
-    class DTensor(torch.Tensor):
-        """What a tensor-parallel plan makes of a weight, by name."""
-
-    model = tiny.causal_model("llama", **tiny.LLAMA)
-    projection = model.model.layers[0].mlp.up_proj
-    projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(DTensor), requires_grad=False)
-    run = executor(model, {"a": tiny.random_adapter(tiny.base("llama"))})
-    with pytest.raises(UsageError, match=r"up_proj\.weight is cut over several devices"):
-        run.load([mix(a=1.0)])
-
-
-def test_an_expert_that_does_not_fit_the_base_is_an_error_that_names_the_module() -> None:
-    model = tiny.base("llama")
-    before, good = tiny.checksum(model), tiny.random_adapter(model)
-    last = list(good)[-1]
-    wrong = {
-        "as if it were": good | {last: LowRank(torch.ones(2, 5), torch.ones(7, 2), torch.ones(2))},
-        r"model\.layers\.9": good | {"model.layers.9.mlp.up_proj": good["model.layers.0.mlp.up_proj"]},
-    }
-    for message, adapter in wrong.items():
-        with pytest.raises(BankError, match=message):
-            executor(model, {"a": adapter}).load([mix(a=1.0)])
-    few = dict(list(good.items())[:3])
-    with pytest.raises(BankError, match="has no update for module"):
-        executor(model, {"a": good, "b": few}).load([mix(a=0.5, b=0.5)])
-    assert tiny.checksum(model) == before
-
-
-def test_a_linear_whose_forward_the_base_calls_itself_is_called() -> None:
-    model = tiny.causal_model("llama", **tiny.LLAMA)
-    mlp = model.model.layers[0].mlp
-    mlp.forward = types.MethodType(
-        lambda mlp, x: mlp.down_proj.forward(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)), mlp
-    )
-    adapters = {"a": tiny.random_adapter(model, 1)}
-    expected = oracle(model, adapters, mix(a=1.0), IDS)
-    for way in WAYS:
-        logits = _logits(executor(model, adapters), mix(a=1.0), way)
-        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-def test_an_expert_may_not_change_a_weight_that_the_base_reads_without_calling_it() -> None:
-    model = tiny.causal_model("llama", **tiny.LLAMA)
-    mlp, name = model.model.layers[0].mlp, "model.layers.0.mlp.up_proj"
-
-    class Reading(type(mlp)):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> Any:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * F.linear(x, self.up_proj.weight))
-
-    mlp.__class__ = Reading
-    before, changing = tiny.checksum(model), tiny.random_adapter(model)
-    with pytest.raises(BankError, match=f"{name}.*without calling it"):
-        executor(model, {"a": changing}).load([mix(a=1.0)])
-    harmless = changing | {name: LowRank(changing[name].A, changing[name].B * 0, changing[name].c)}
-    expected = oracle(model, {"a": harmless}, mix(a=1.0), IDS)
-    for way in WAYS:
-        logits = _logits(executor(model, {"a": harmless}), mix(a=1.0), way)
-        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
-    assert tiny.checksum(model) == before
-
-
-def test_a_linear_that_the_base_has_no_use_for_may_be_changed() -> None:
-    model = tiny.causal_model("llama", **tiny.LLAMA)
-    model.spare = torch.nn.Linear(4, 3)
-    adapters = {"a": tiny.random_adapter(model)}
-    assert "spare" in adapters["a"]
-    expected = oracle(model, adapters, mix(a=1.0), IDS)
-    for way in WAYS:
-        logits = _logits(executor(model, adapters), mix(a=1.0), way)
-        torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-def test_weights_that_cannot_be_merged_into_are_refused_for_dense() -> None:
-    for change in (torch.int8, "meta"):
-        model = tiny.causal_model("llama", **tiny.LLAMA)
-        run = executor(model, {"a": tiny.random_adapter(model)})
-        loaded = run.load([mix(a=1.0)])
-        module = model.model.layers[0].mlp.up_proj
-        module.weight = torch.nn.Parameter(module.weight.to(change), requires_grad=False)
-        with pytest.raises(UsageError, match="offloaded, quantised"), run.attached(loaded, "dense"):
-            pass
-
-
-def test_a_batch_of_different_mixes_is_refused_for_dense_and_where_rows_are_mixed() -> None:
-    model = tiny.base("llama")
-    run = executor(model, _adapters(model))
-    loaded = run.load([mix(a=1.0), mix(b=1.0)])
-    with pytest.raises(UsageError, match="different mixes"), run.attached(loaded, "dense"):
-        pass
-    with pytest.raises(UsageError, match="batch of 2"), torch.no_grad(), run.attached(loaded, "grouped"):
-        model(torch.cat([IDS] * 3))
-
-
-def test_a_mix_of_another_bank_is_refused() -> None:
-    model = tiny.base("llama")
-    with pytest.raises(BankError, match="another bank"):
-        executor(model, _adapters(model)).load([Mix(("a",), (1.0,), "linear", "other", None)])
