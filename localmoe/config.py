@@ -161,7 +161,11 @@ class LmEvalConfig:
     chat_template: Literal["off", "on", "both"] = "off"
     """Whether questions go through the base's chat template."""
     compare: Literal["base", "trunk", "both", "none"] = "base"
-    """What the bank is compared with on the same requests: its base, its trunk (one adapter for all), or both."""
+    """What the bank is compared with on the same requests: its base, its trunk (of a joint bank the mean of its mixes),
+    or both."""
+    adapter: str | None = None
+    """PEFT folder of one adapter more that answers the same requests, e.g. the fine-tune that an evaluation left in
+    FOLDER/experts."""
     batch: Positive = 4
     """Requests per forward."""
     prefix_tokens: Positive = 50
@@ -231,8 +235,9 @@ class FineTuneConfig:
 
     rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
-    ranks: tuple[Positive, ...] = ()
-    """Ranks that are tried beside the bank's, at the best rate."""
+    ranks: tuple[Positive, ...] | None = None
+    """Ranks that are tried beside the bank's, at the best rate, half of it, and beyond the edge; none = twice the
+    bank's, and twice that as long as it is better."""
     batches: tuple[Positive, ...] = (1, 4)
     """Passages a step that are tried beside the bank's, at the best rate, at half of it, and beyond the edge."""
     full_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-5, 3e-5, 1e-4)

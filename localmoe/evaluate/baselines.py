@@ -25,7 +25,7 @@ from localmoe.evaluate.protocol import Trial, score_alone
 from localmoe.evaluate.statistics import perplexity
 from localmoe.lora import Adapter
 from localmoe.models import context_length, needs_transpose
-from localmoe.packing import Passage
+from localmoe.packing import Passage, token_nll
 from localmoe.runtime.engine import base_mix
 from localmoe.train.course import DivergedError, Trained
 from localmoe.train.rates import best_of
@@ -33,6 +33,8 @@ from localmoe.train.training import fresh_adapter, train
 
 FINE_TUNED = "experts/fine-tuned"
 _RECORD = "fine-tuned.json"
+DOUBLED = 3
+"""How often the rank of the baseline is doubled unasked, at most."""
 _SPARE = 10  # neighbours beyond those asked for, in the place of near duplicates
 
 
@@ -51,7 +53,7 @@ def trunk(bench: Bench) -> Scores:
 
 @methods.register("fine-tuned")
 def fine_tuned(bench: Bench) -> Scores:
-    """One adapter on all train documents, as many tokens as trunk and experts together, rate and rank tuned on tune."""
+    """One adapter on all train documents, as many tokens as trunk and experts together, its settings tuned on tune."""
     adapter, found = fine_tuned_adapter(bench)
     best = found.setting
     note = f"{best.text}, of {len(found.tried)} settings tried on {len(bench.tune)} tune documents"
@@ -82,11 +84,12 @@ class Tried:
     setting: Setting
     tokens: int
     perplexity: float
+    seconds: float
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The fine-tuned adapter, with the settings that were chosen and all that were tried."""
+    """The fine-tuned adapter, with the settings that were chosen, all that were tried, and the seconds of it all."""
 
     adapter: AdapterRecord
     setting: Setting
@@ -107,7 +110,7 @@ def fine_tuned_adapter(bench: Bench) -> tuple[Adapter, FineTuned]:
 
 
 def training_seconds(bench: Bench) -> float:
-    """Seconds that the baseline's training took, its trials aside, whenever that was; 0 where there is none."""
+    """Seconds that the baseline took, its trials included, whenever that was; 0 where there is none."""
     return float(bench.training.read_json(_RECORD)["seconds"]) if bench.training.has(_RECORD) else 0.0
 
 
@@ -124,7 +127,8 @@ def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
         needs_transpose(bench.engine.model),
         Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, setting.rate, attempts),
     )
-    return FineTuned(record, setting, trained.tokens, time.perf_counter() - started, tuple(tried))
+    seconds = time.perf_counter() - started + sum(trial.seconds for trial in tried)
+    return FineTuned(record, setting, trained.tokens, seconds, tuple(tried))
 
 
 def _trained(
@@ -144,9 +148,10 @@ def _trained(
 
 
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:
-    """Every rate as the bank is trained, beyond the edge as long as the best lies there; then other batches and ranks.
+    """Every rate as the bank is trained, beyond the edge as long as the best lies there; other batches, then ranks.
 
-    Another batch is tried at the best rate and at half of it, and from there as far as it takes.
+    Another batch or rank is tried at the best rate so far and at half of it, and from there as far as it takes; where
+    no ranks are given, twice the bank's, and twice that as long as it is better.
     """
     config, bank, center = bench.config.fine_tune, bench.build_config.train, bench.learning_rate
     tried: list[Tried] = []
@@ -160,10 +165,20 @@ def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]
     for batch in config.batches:
         if batch != bank.batch:
             best_of((best / 2, best), partial(measure, batch=batch))
-    for rank in config.ranks:
-        if rank != bank.rank:
-            measure(best, rank=rank)
+    for rank in _doubled(bank.rank) if config.ranks is None else config.ranks:
+        if rank == bank.rank:
+            continue
+        before = min(tried, key=lambda trial: trial.perplexity)
+        at = before.setting.rate / center
+        found = best_of((at / 2, at), partial(measure, rank=rank, batch=before.setting.batch))
+        if config.ranks is None and not min(found.values()) < before.perplexity:
+            break
     return tried
+
+
+def _doubled(rank: int) -> list[int]:
+    """The ranks that are tried unasked, ascending."""
+    return [rank * 2**power for power in range(1, DOUBLED + 1)]
 
 
 def _try(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int) -> Tried:
@@ -174,13 +189,14 @@ def _try(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: in
 
 
 def _tried(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int) -> Tried:
+    started = time.perf_counter()
     try:
         trained = _train(bench, passages, setting, tokens, setting.text)
         nll = score_alone(bench.engine, bench.tune, trained.adapter, lambda _done: None)
         found = perplexity(nll, [trial.passage.predicted for trial in bench.tune])
     except (DivergedError, OverflowError):  # exp of hundreds of nats a token
-        return Tried(setting, tokens, math.inf)
-    return Tried(setting, trained.tokens, math.inf if math.isnan(found) else found)
+        return Tried(setting, tokens, math.inf, time.perf_counter() - started)
+    return Tried(setting, trained.tokens, math.inf if math.isnan(found) else found, time.perf_counter() - started)
 
 
 def _train(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int, title: str) -> Trained:
@@ -222,9 +238,20 @@ def context(bench: Bench) -> Scores:
         trials.append(replace(trial, passage=Passage(tokens, labels)))
         seconds.append(searched)
     scores = _alone(replace(bench, trials=tuple(trials)), None, 0, "context")
+    pairs = list(zip(bench.trials, trials, strict=True))[: bench.config.timed]
+    read_in = tuple(_forward_seconds(bench, other) - _forward_seconds(bench, own) for own, other in pairs)
+    added = tuple(search + reading for search, reading in zip(seconds, read_in, strict=False))
     read = [len(trial.passage) - len(own.passage) for trial, own in zip(trials, bench.trials, strict=True)]
     note = f"{sum(read) / len(read):,.0f} tokens of neighbours a prompt"
-    return replace(scores, note=note, seconds=scores.seconds | {"search": tuple(seconds)})
+    return replace(scores, note=note, seconds={"search": tuple(seconds), "read": read_in, "added": added})
+
+
+def _forward_seconds(bench: Bench, trial: Trial) -> float:
+    """Seconds in which the base reads a trial's tokens."""
+    with bench.engine.merged(base_mix(bench.engine.bank)):
+        started = time.perf_counter()
+        token_nll(bench.engine.model, [trial.passage])
+        return time.perf_counter() - started
 
 
 def neighbours(bench: Bench, trial: Trial) -> tuple[list[Passage], float]:

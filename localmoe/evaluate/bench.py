@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from localmoe.bank.manifest import Manifest
 from localmoe.config import BuildConfig, EvalConfig
 from localmoe.errors import UsageError
 from localmoe.evaluate.protocol import Cut, Trial, document_in
@@ -85,21 +86,12 @@ class Bench:
     @property
     def learning_rate(self) -> float:
         """The rate that the bank's trunk was trained at (without one: its experts), be it configured or found."""
-        manifest = self.engine.bank.manifest
-        adapters = manifest.adapters if manifest.trunk is None else (manifest.trunk,)
-        rates = [one.training.learning_rate for one in adapters if one.training is not None]
-        return max(rates, default=self.build_config.train.learning_rate)  # a training that diverged had half of it
+        return trained_at(self.engine.bank.manifest)
 
     @cached_property
     def bank_tokens(self) -> int:
         """Label tokens that trunk and experts were trained on together, those that taught both at once counted once."""
-        training = [adapter.training for adapter in self.engine.bank.manifest.adapters]
-        if any(record is None for record in training):
-            raise NotPossibleError(
-                "the bank holds imported experts: how many tokens they saw is not known",
-                "evaluate a bank that was built here, or leave out fine-tuned",
-            )
-        return sum(record.tokens for record in training if record is not None and not record.with_trunk)
+        return trained_tokens(self.engine.bank.manifest)
 
     @cached_property
     def public_train(self) -> tuple[list[str], np.ndarray]:
@@ -122,6 +114,27 @@ class Bench:
             tokenized = tokenize(document_in(name, *content), self.engine.tokenizer, self.build_config.corpus)
             found += list(tokenized.passages[:most])
         return found
+
+
+def trained_at(manifest: Manifest) -> float:
+    """The rate that a bank's trunk was trained at; without one the highest of its experts."""
+    adapters = manifest.adapters if manifest.trunk is None else (manifest.trunk,)
+    rates = [one.training.learning_rate for one in adapters if one.training is not None]
+    return max(rates, default=manifest.settings().train.learning_rate)  # a training that diverged had half of it
+
+
+def trained_tokens(manifest: Manifest) -> int:
+    """Label tokens that a bank's trunk and experts saw together, those that taught both at once counted once.
+
+    Raises NotPossibleError for a bank of imported experts.
+    """
+    training = [adapter.training for adapter in manifest.adapters]
+    if any(record is None for record in training):
+        raise NotPossibleError(
+            "the bank holds imported experts: how many tokens they saw is not known",
+            "evaluate a bank that was built here",
+        )
+    return sum(record.tokens for record in training if record is not None and not record.with_trunk)
 
 
 Method = Callable[[Bench], Scores]

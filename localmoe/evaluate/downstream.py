@@ -80,7 +80,7 @@ def evaluate_downstream(
     output: Path | None = None,
     cache: Path | None = None,
 ) -> tuple[list[Run], list[Comparison]]:
-    """Ask a bank, and its base or trunk beside it; compare them, and each with the chat template and without it.
+    """Ask a bank, and beside it its base, trunk or another adapter; compare them, and the chat template with none.
 
     names: tasks of files in `data` (see `local_tasks`), else the harness's own. output: where its result files go, and
     `comparisons.json`. cache: a folder for answers, where the next run of the same configuration finds them. Raises
@@ -94,6 +94,7 @@ def evaluate_downstream(
     tasks = Tasks(list(names)) if data is None else Tasks(local_tasks(data, names), local_names(data))
     templates = {"off": (False,), "on": (True,), "both": (False, True)}[config.chat_template]
     others = {"none": (), "base": ("base",), "trunk": ("trunk",), "both": ("base", "trunk")}[config.compare]
+    others += () if config.adapter is None else ("adapter",)
     if True in templates and engine.tokenizer.chat_template is None:
         raise UsageError("the base has no chat template", "leave --chat-template off")
     models = {
@@ -101,6 +102,7 @@ def evaluate_downstream(
             engine,
             route_on=config.route_on,
             method=method,
+            adapter=config.adapter,
             batch_size=config.batch,
             prefix_tokens=config.prefix_tokens,
         )

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from pydantic import TypeAdapter
 from localmoe.config import EvalConfig, as_dict
 from localmoe.errors import ConfigError, LocalMoEError
 from localmoe.evaluate import baselines, full, merged, ttt  # noqa: F401 - they register methods
-from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods
+from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods, trained_at, trained_tokens
 from localmoe.evaluate.gaps import closed_gaps
 from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import (
+    FILE,
     FORMAT,
     Check,
     ComparisonRow,
@@ -45,6 +47,8 @@ DEFAULT = "merged"
 """The method that is what a bank does as it is shipped."""
 BASELINES = ("fine-tuned", "trunk", "base", "ensemble", "ttt-trunk", "ttt-fine-tuned", "fine-tuned-full")
 """What every method is compared with, where they were scored."""
+_OF_A_FINE_TUNE = ("rank", "alpha", "batch", "clip", "warmup", "weight_decay")
+"""Settings of a bank's training that its fine-tuned baseline shares."""
 
 
 class LeakError(LocalMoEError):
@@ -60,7 +64,7 @@ def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, com
     begun = time.perf_counter()
     wanted = [(name, methods[name]) for name in config.methods]
     cut = _cut(engine, config)
-    without, note = duplicates_of_train(engine, config.near_duplicate)
+    without, note = duplicates_of_train(engine, config.near_duplicate, cut.length)
     checks = [Check("no test document stands in train", True, note)]
     everything = trials_of(engine, "test", cut, without=without)
     tune = trials_of(engine, "tune", cut, without=without)
@@ -69,8 +73,9 @@ def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, com
     checks += check_leaks(engine, trials, tune, cut)
     for check in checks:
         if not check.passed:
-            raise LeakError(f"leak check failed: {check.name}: {check.found}", "mend or rebuild the bank")
-    work, training = (Work(folder, key) for key in (_key(engine, config, cut), _training_key(engine, config, cut)))
+            raise LeakError(f"leak check failed: {check.name}: {check.found}", _set_aside(folder))
+    keys = _key(engine, config, cut, trials), _training_key(engine, config, cut, tune)
+    work, training = (Work(folder, key) for key in keys)
     bench = Bench(engine, config, cut, tuple(trials), tuple(tune), work, training, watch)
     results = _empty(bench, chosen, tuple(checks), command)
     scored: list[MethodResult] = []
@@ -131,24 +136,47 @@ def _chosen(
     return [trial for trial, _ in kept], tuple(expert for _, expert in kept)
 
 
-def _key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
+def _set_aside(folder: Path) -> str:
+    """Rename results of an earlier run, which look valid and are not; what to do next."""
+    file = folder / FILE
+    if not file.exists():
+        return "mend or rebuild the bank"
+    aside = file.with_name("results-before-the-leak.json")
+    file.replace(aside)
+    return f"mend or rebuild the bank; what an earlier run found is in {aside.name} now"
+
+
+def _key(engine: Engine, config: EvalConfig, cut: Cut, trials: Sequence[Trial]) -> str:
     """A hash of all that decides the scores but the methods asked for, so that more of them can be added later."""
     values = as_dict(config) | {"methods": None, "cut": [cut.query, cut.prefix, cut.length]}
-    return _hashed(engine, [values, as_dict(engine.config), engine.encoder.fingerprint])
+    documents = [trial.document for trial in trials]
+    bank = [engine.bank.manifest.digest, as_dict(engine.config), engine.encoder.fingerprint]
+    return _hashed(engine, [bank, values, documents])
 
 
-def _training_key(engine: Engine, config: EvalConfig, cut: Cut) -> str:
-    """A hash of what decides the fine-tuned baseline, which takes longest: other documents train no other one."""
-    cuts = [cut.query, cut.prefix, cut.length, config.near_duplicate]
-    tuned = as_dict(config.fine_tune)
+def _training_key(engine: Engine, config: EvalConfig, cut: Cut, tune: Sequence[Trial]) -> str:
+    """A hash of what decides the fine-tuned baseline, which takes longest.
+
+    That is the text (ids are hashes of contents) and how it is cut, the bank's training settings, how many tokens it
+    saw, and the documents that tune: another bank of the same corpus, with other experts, has the same baseline.
+    """
+    manifest, tuned = engine.bank.manifest, as_dict(config.fine_tune)
     del tuned["full_rates"]  # they decide another baseline, whose trials are named by their rate
-    return _hashed(engine, [tuned, config.seed, cuts])
+    build = manifest.settings()
+    train = {name: value for name, value in as_dict(build.train).items() if name in _OF_A_FINE_TUNE}
+    table = engine.bank.documents()
+    rows = zip(table["id"].to_pylist(), table["split"].to_pylist(), table["access"].to_pylist(), strict=True)
+    public = sorted(name for name, split, access in rows if split == "train" and not access)
+    cuts = [as_dict(build.corpus), cut.query, cut.prefix, cut.length]
+    rates = [trained_at(manifest), trained_tokens(manifest)]
+    return _hashed(engine, [tuned, config.seed, train, public, cuts, rates, [trial.document for trial in tune]])
 
 
 def _hashed(engine: Engine, values: list[Any]) -> str:
-    """16 hex digits of settings, the bank, and the base that is loaded, which may be a variant."""
+    """16 hex digits of settings, the base that is loaded, which may be a variant, and the versions that compute."""
     mark = fingerprint(engine.model)
-    identity = [engine.bank.manifest.digest, mark.architecture, mark.weights, torch.__version__, values]
+    versions = [torch.__version__, *(version(name) for name in ("transformers", "localmoe"))]
+    identity = [mark.architecture, mark.weights, versions, values]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -179,8 +207,8 @@ def _regime(bench: Bench) -> dict[str, float]:
     if tokens is not None:
         parameters = adapter_bytes(bench.engine.model, bench.build_config.train.rank) / 2
         found["tokens_per_parameter"] = tokens / parameters
-    if "clusters" in bank.manifest.files:
-        found["explained"] = explained(bank.clusters()["access_sets"])
+    rows = [row for row, split in enumerate(bank.documents()["split"].to_pylist()) if split == "train"]
+    found["explained"] = explained(np.ascontiguousarray(bank.embeddings()[rows]), bench.build_config.cluster)
     return found
 
 
@@ -203,6 +231,7 @@ def _empty(bench: Bench, experts: tuple[str | None, ...], checks: tuple[Check, .
             "eval": as_dict(config),
             "route": as_dict(bench.engine.config),
             "build": manifest.config,
+            "trained": _trained(bench),
             "base": manifest.base.id,
             "base_variant": bench.engine.base_variant,
             "encoder": manifest.encoder.id,
@@ -221,6 +250,19 @@ def _empty(bench: Bench, experts: tuple[str | None, ...], checks: tuple[Check, .
         checks=checks,
         seconds=0.0,
     )
+
+
+def _trained(bench: Bench) -> dict[str, Any]:
+    """The rates that trunk and experts were trained at, and the share of the experts that a joint trunk kept."""
+    manifest = bench.engine.bank.manifest
+    experts = [one.adapter.training for one in manifest.experts if one.adapter is not None]
+    rates = sorted(record.learning_rate for record in experts if record is not None)
+    trunk = None if manifest.trunk is None else manifest.trunk.training
+    return {
+        "learning_rate": trained_at(manifest),
+        "expert_learning_rates": [rates[0], rates[-1]] if rates else [],
+        "kept": None if trunk is None else trunk.kept,
+    }
 
 
 def _machine() -> dict[str, Any]:

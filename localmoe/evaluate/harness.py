@@ -32,13 +32,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from localmoe.bank.manifest import ADAPTER_WEIGHTS
+from localmoe.bank.peft import read_adapter
 from localmoe.bank.store import Bank
 from localmoe.config import LmEvalConfig, as_dict, default_of
 from localmoe.errors import LocalMoEError, TemporaryError, UnknownNameError, UsageError
 from localmoe.evaluate.local_tasks import Task, TaskGroup
 from localmoe.evaluate.questions import Questions
 from localmoe.identity import fingerprint
-from localmoe.lora import attached
+from localmoe.lora import Adapter, attached
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
 from localmoe.runtime.router import route_config
@@ -69,7 +71,8 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
     """A bank as a model of the harness: `lm_eval --model localmoe --model_args bank=FOLDER`, or an instance.
 
     bank: a folder, or an engine. route_on: what of a request is embedded, "context", "last_block" or "question" (see
-    `Questions`); never the continuation. method: who answers, "merged", or "base" or "trunk" on the same requests.
+    `Questions`); never the continuation. method: who answers, "merged", or "base", "trunk" or "adapter" on the same
+    requests. adapter: a PEFT folder, for method "adapter".
     prefix_tokens: of a text that is scored as a whole, this many tokens are scored by the base and choose the mix for
     the others. The other arguments are those of `open_engine`, and fields of RouteConfig. Raises UsageError for a value
     that cannot be, and for a bank without a trunk that is to answer.
@@ -85,6 +88,7 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
         trust_remote_code: bool = False,
         route_on: str = "last_block",
         method: str = "merged",
+        adapter: str | Path | None = None,
         prefix_tokens: int = default_of(LmEvalConfig, "prefix_tokens"),
         batch_size: int | str = default_of(LmEvalConfig, "batch"),
         max_batch_size: int = 64,
@@ -115,7 +119,8 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
                 softmax_dtype="float32",  # else log-probabilities are rounded to bf16, and summed in it
             )
         self._base = fingerprint(self.engine.model)  # a base variant is not what the bank's manifest says
-        self.name = _method(self.engine.bank, method)
+        self.name = _method(self.engine.bank, method, adapter)
+        self.adapter = Path(adapter) if method == "adapter" and adapter is not None else None
         self.prefix_tokens = prefix_tokens
         self.questions = Questions(route_on)
         self._mixes: dict[str, Mix] = {}
@@ -196,20 +201,26 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
 
         HFLM reorders, batches and reuses logits only within one call, so never across two mixes.
         """
-        trunk = self.engine.bank.trunk() if self.name == "trunk" else None
+        beside = self._beside()
         groups: dict[Mix, list[int]] = {}
         for place, mix in enumerate(mixes):
             groups.setdefault(mix, []).append(place)
         found: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), desc=f"{self.name}: {label}", disable=None, leave=False) as bar:
             for mix, places in groups.items():
-                with self.engine.merged(mix), nullcontext() if trunk is None else attached(self.engine.model, trunk):
+                with self.engine.merged(mix), nullcontext() if beside is None else attached(self.engine.model, beside):
                     one_bar = len(groups) > 1 or not sys.stderr.isatty()
                     scores = score([requests[place] for place in places], disable_tqdm=one_bar)
                 for place, result in zip(places, scores, strict=True):
                     found[place] = result
                 bar.update(len(places))
         return found
+
+    def _beside(self) -> Adapter | None:
+        """The one adapter that answers, where no mix does."""
+        if self.adapter is not None:
+            return read_adapter(self.adapter)[0]
+        return self.engine.bank.trunk() if self.name == "trunk" else None
 
     # whose answers they are
 
@@ -239,7 +250,9 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
             "method": self.name,
             "chat_template": _digest(self.tokenizer.chat_template),
         }
-        if self.name != "base":
+        if self.adapter is not None:
+            described["adapter"] = hashlib.sha256((self.adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+        elif self.name != "base":
             described["bank"] = self.engine.bank.manifest.digest
         if self.name == "merged":
             described |= {
@@ -379,9 +392,15 @@ def _quiet() -> Iterator[None]:
             module.tqdm = tqdm
 
 
-def _method(bank: Bank, name: str) -> str:
-    if name not in ("merged", "base", "trunk"):
-        raise UnknownNameError("method", name, ("merged", "base", "trunk"))
+def _method(bank: Bank, name: str, adapter: str | Path | None) -> str:
+    known = ("merged", "base", "trunk", "adapter")
+    if name not in known:
+        raise UnknownNameError("method", name, known)
+    if name == "adapter" and (adapter is None or not (Path(adapter) / ADAPTER_WEIGHTS).is_file()):
+        raise UsageError(
+            f"{adapter} holds no {ADAPTER_WEIGHTS}",
+            "give the folder of a PEFT adapter, e.g. BANK-eval/experts/fine-tuned-...",
+        )
     if name == "trunk" and bank.manifest.trunk is None:
         raise UsageError("the bank has no trunk to compare with", "compare with the base: --compare base")
     return name

@@ -137,24 +137,28 @@ def costs_table(results: Results) -> Table:
         "select": "the weights of its experts",
         "load": "experts that are not in memory",
         "merge": "the experts' sum, and the weights with it",
+        "search": "the train documents nearest to the prompt",
+        "read": "the forward over them, where they stand before the prompt",
         "train": "steps of test-time training",
         "forwards": "the forwards of an ensemble, one an expert",
         "added": "all of these: what it costs beside the base model's own work",
         "first_token": "from the prompt to the first token, all included",
         "per_token": "every token after the first",
     }
+    stages = {name: text for name, text in stages.items() if any(name in one.seconds for one in results.methods)}
     default = results.default
     token = None if default is None else default.seconds.get("per_token")
     rows = []
     for method in results.methods:
-        if "added" not in method.seconds:
+        if not method.seconds:
             continue
         spreads = [method.seconds.get(stage) for stage in stages]
         cells = [
             Cell("") if spread is None else Cell(f"{_stage_text(spread.p50)} ({_stage_text(spread.p95)})", spread.p50)
             for spread in spreads
         ]
-        tokens = None if token is None else method.seconds["added"].p50 / token.p50
+        added = method.seconds.get("added")
+        tokens = None if token is None or added is None else added.p50 / token.p50
         rows.append((method_cell(method), *cells, Cell("") if tokens is None else Cell(f"{tokens:,.1f}", tokens)))
     size = None if default is None else default.detail.get("expert_bytes")
     columns = (Column(name.replace("_", " "), True, text) for name, text in stages.items())

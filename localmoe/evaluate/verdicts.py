@@ -84,11 +84,21 @@ def control_sentence(results: Results) -> str | None:
     found = compare(shuffled, ours, [results.tokens[place] for place in places], results.seed)
     interval = interval_text(found.gain, found.low, found.high)
     if found.high < 0:
-        return f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"
+        loses = f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"
+        return loses + _without_routing(results)
     return (
         f"the control does not lose: shuffled centroids are {interval} against {noun(default)}, so that here it is not "
         "shown to matter which experts a prompt gets"
     )
+
+
+def _without_routing(results: Results) -> str:
+    """That part of what is won over the fine-tune is not due to asking the prompt, where shuffled centroids win too."""
+    rows = [row for row in results.comparisons if row.method == CONTROL and row.baseline == "fine-tuned"]
+    if not rows or rows[0].interval[0] <= 0:
+        return ""
+    won = interval_text(rows[0].gain, *rows[0].interval)
+    return f"; they too beat the fine-tune, by {won}: so much is not due to asking the prompt"
 
 
 def noun(method: MethodResult) -> str:

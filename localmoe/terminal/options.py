@@ -354,8 +354,14 @@ def lm_eval_options(function: F) -> F:
             option(
                 "--compare",
                 "compare",
-                "Ask base or trunk (one adapter for all) the same.",
+                "Ask base or trunk (of a joint bank the mean of its mixes) the same.",
                 type=choice(["base", "trunk", "both", "none"]),
+            ),
+            option(
+                "--adapter",
+                "adapter",
+                "Ask the base with this adapter the same, e.g. BANK-eval/experts/fine-tuned-...",
+                metavar="PEFT-FOLDER",
             ),
             option("--batch", "batch", "Requests per forward.", type=int),
             option("--prefix-tokens", "prefix_tokens", "Of a text scored as a whole: what chooses the mix.", type=int),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,18 @@ def cluster(
     )
 
 
-def explained(trees: Sequence[Mapping[str, Any]]) -> float:
-    """1 − I₁₆ / I₁ of the elbow curves, summed over access sets: the variance that `FIRST` clusters at most explain.
+def explained(embeddings: np.ndarray, config: ClusterConfig) -> float:
+    """1 − (I_k / (n − k)) / (I₁ / (n − 1)), at least 0: the variance that k = `FIRST` clusters explain beyond chance.
 
-    How unlike documents are to each other: 0 where all are alike.
+    How unlike documents are to each other: 0 where all are alike. embeddings: [n, d] unit rows of train documents. The
+    clusters are made for this number alone, however many experts there are and whatever they need of tokens.
     """
-    curves = [tree["curve"] for tree in trees]
-    whole = sum(curve[0][1] for curve in curves)
-    within = sum(curve[:FIRST][-1][1] for curve in curves)
-    return 1 - within / whole if whole > 0 else 0.0
+    curve = bisect(embeddings, config, FIRST).curve
+    n, k = len(embeddings), len(curve)
+    whole, within = curve[0][1], curve[-1][1]
+    if n <= k or whole <= 0:
+        return 0.0
+    return max(0.0, 1 - (within / (n - k)) / (whole / (n - 1)))
 
 
 def save(work: Work, clusters: Clusters) -> None:

@@ -85,7 +85,7 @@ class Plan:
     tokens_per_parameter: float
     """Train tokens for every number that one adapter can change: how full one adapter gets."""
     explained: float
-    """Share of the embeddings' variance that lies between 16 clusters: how unlike documents are."""
+    """Share of the embeddings' variance that lies between 16 clusters, beyond chance: how unlike documents are."""
     times: Times | None
     """None where the timing was skipped."""
 
@@ -178,7 +178,7 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
         work_bytes=texts + passages + 2 * (count + _prompts(rows, config)) * 4 * encoder.dim + 2 * training_bytes,
         training_bytes=training_bytes,
         tokens_per_parameter=tokens["train"] / (adapter_bytes(model, config.train.rank) / 2),
-        explained=clustering.explained(found.trees),
+        explained=clustering.explained(vectors, config.cluster),
         times=times,
     )
 

@@ -39,8 +39,11 @@ CONFIG = EvalConfig(
     length=40,
     timed=1,
     ttt=TTTConfig(documents=2, neighbours=3),
-    fine_tune=FineTuneConfig(rates=(1.0, 2.0), full_rates=(1e-3, 3e-3), tune_tokens=200),
+    fine_tune=FineTuneConfig(rates=(1.0, 2.0), batches=(1, 4), full_rates=(1e-3, 3e-3), tune_tokens=200),
 )
+
+
+RANK = 4
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +120,55 @@ def test_the_fine_tuned_baseline_saw_as_many_tokens_as_trunk_and_experts_and_a_b
     bank = build["train"]["batch"]
     found = 0.0
     for batch, asked in ((bank, 3), *((other, 2) for other in (1, 4) if other != bank)):
-        rates = {one["rate"]: one["perplexity"] for one in tried if one["batch"] == batch}
+        rates = {one["rate"]: one["perplexity"] for one in tried if (one["batch"], one["rank"]) == (batch, RANK)}
         assert batch == bank or {found, found / 2} <= rates.keys()
         found_here = min(rates, key=rates.__getitem__)
         found = found_here if batch == bank else found
         assert len(rates) == asked + WIDENED or min(rates) < found_here < max(rates)  # a best one at the edge widens it
+
+
+def test_the_baselines_rank_is_doubled_as_long_as_that_is_better(results: Results) -> None:
+    tuned = results.method("fine-tuned")
+    assert tuned is not None
+    least = {}
+    for one in tuned.detail["tried"]:
+        least[one["rank"]] = min(one["perplexity"], least.get(one["rank"], math.inf))
+    ranks = list(least)
+    assert ranks == [RANK * 2**power for power in range(len(ranks))] and 2 <= len(ranks) <= 1 + baselines.DOUBLED
+    assert [least[rank] for rank in ranks[:-1]] == sorted((least[rank] for rank in ranks[:-1]), reverse=True)
+    assert len(ranks) == 1 + baselines.DOUBLED or least[ranks[-1]] >= least[ranks[-2]]
+    before = min((one for one in tuned.detail["tried"] if one["rank"] == RANK), key=lambda one: one["perplexity"])
+    doubled = {
+        one["rate"] for one in tuned.detail["tried"] if (one["rank"], one["batch"]) == (2 * RANK, before["batch"])
+    }
+    assert doubled >= {before["rate"] / 2, before["rate"]}
+
+
+def test_another_bank_of_the_same_text_has_the_same_baseline(
+    tiny_corpus: Path, tiny_base: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    config, cut, keys = tiny.tiny_config(tiny_base, tiny_encoder, recipe="joint"), Cut(5, 5, 40), {}
+    banks = {
+        "own": config,
+        "experts": replace(config, cluster=replace(config.cluster, clusters=3)),
+        "rank": replace(config, train=replace(config.train, rank=2)),
+    }
+    for name, settings in banks.items():
+        bank = localmoe.build(tiny_corpus, tmp_path / name, settings).path
+        engine = localmoe.open(bank, str(tiny_base), str(tiny_encoder))
+        keys[name] = evaluation._training_key(engine, CONFIG, cut, trials_of(engine, "tune", cut))
+    assert keys["experts"] == keys["own"] != keys["rank"]
+
+
+def test_results_that_a_leak_makes_void_are_set_aside(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr(evaluation, "check_leaks", lambda *given: [leaks.Check("a check", False, "2 leaked")])
+    with pytest.raises(LeakError) as error:
+        evaluate(engine, tmp_path, CONFIG, lambda *progress: None)
+    assert "results-before-the-leak.json" in str(error.value.remedy)
+    assert [file.name for file in tmp_path.glob("*.json")] == ["results-before-the-leak.json"]
 
 
 def test_the_time_of_an_evaluation_counts_a_training_of_an_earlier_run(bench: Bench, tmp_path: Path) -> None:
@@ -278,35 +325,6 @@ def test_a_leak_fails_the_evaluation(engine: Engine, tmp_path: Path, monkeypatch
     monkeypatch.setattr(evaluation, "check_leaks", lambda *given: [leaks.Check("a check", False, "2 leaked")])
     with pytest.raises(LeakError, match="2 leaked"):
         evaluate(engine, tmp_path, CONFIG, lambda *progress: None)
-
-
-def test_a_router_that_reads_the_suffix_is_found_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed = leaks.check_leaks(bench.engine, bench.trials, bench.tune, bench.cut)
-    assert all(check.passed for check in passed)
-    reading_all = tuple(replace(trial, prefix=trial.whole) for trial in bench.trials)
-    monkeypatch.setattr(leaks, "mutated", lambda engine, trial, cut: replace(trial, prefix=trial.whole[::-1]))
-    assert not leaks.check_leaks(bench.engine, reading_all, bench.tune, bench.cut)[0].passed
-
-
-def test_a_tune_document_that_stands_in_test_is_left_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, texts = engine.bank.documents(), engine.bank.texts
-    pairs = list(zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True))
-    ids = {split: [name for name, where in pairs if where == split] for split in ("tune", "test")}
-    twin, model = ids["tune"][0], ids["test"][0]
-    before, _ = leaks.duplicates_of_train(engine, 0.7)
-    monkeypatch.setattr(engine.bank, "texts", lambda names: texts([model if name == twin else name for name in names]))
-    after, note = leaks.duplicates_of_train(engine, 0.7)
-    assert after - before == {twin} and "1 of tune that stand in test" in note
-
-
-def test_a_document_in_two_splits_is_found_out(bench: Bench) -> None:
-    assert not leaks.check_leaks(bench.engine, bench.trials, bench.trials, bench.cut)[1].passed
-
-
-def test_means_of_other_documents_are_found_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    means = bench.engine.bank.means()
-    monkeypatch.setattr(bench.engine.bank, "means", lambda: means.roll(1, 0))
-    assert not leaks.check_leaks(bench.engine, bench.trials, bench.tune, bench.cut)[2].passed
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,24 @@ def test_the_trunk_answers_as_the_adapter_beside_the_base(engine: Engine, tmp_pa
     assert abs(found - base) > 1e-3
 
 
+def test_an_adapter_answers_beside_the_base_and_has_a_cache_of_its_own(engine: Engine) -> None:
+    record = engine.bank.manifest.trunk
+    assert record is not None
+    folder = engine.bank.path / record.folder
+    lm, trunk = LocalMoELM(engine, method="adapter", adapter=folder), LocalMoELM(engine, method="trunk")
+    requests = asked("loglikelihood", (SEA, " oven"))
+    assert lm.loglikelihood(requests) == trunk.loglikelihood(requests)
+    assert len({lm.mark, trunk.mark, LocalMoELM(engine, method="base").mark}) == 3
+    assert lm.routing().route_on == "nothing"
+
+
+def test_what_is_no_adapter_is_an_error_that_says_so(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors"):
+        LocalMoELM(engine, method="adapter", adapter=tmp_path)
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors"):
+        LocalMoELM(engine, method="adapter")
+
+
 def test_an_empty_context_is_answered_by_the_base_and_counted(lm: LocalMoELM) -> None:
     lm.loglikelihood(asked("loglikelihood", ("", "boat"), (SEA, " boat")))
     routing = lm.routing()

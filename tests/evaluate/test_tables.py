@@ -17,6 +17,7 @@ from localmoe.evaluate.tables import (
     headline,
     main_baseline,
     markdown,
+    method_cell,
     methods_table,
     subset_tables,
 )
@@ -65,8 +66,9 @@ def test_costs_are_told_stage_by_stage_and_in_tokens(results: Results) -> None:
     methods = tuple(ours if method.default else method for method in results.methods)
     table = costs_table(replace(results, methods=methods))
     assert [row[0].text for row in table.rows] == [
-        f"{name} (default)" if name == "merged" else name for name in made_results.GAINS if name in made_results.ADDED
+        method_cell(method).text for method in results.methods if method.seconds
     ]
+    assert _column(table, "first token")["base"].text and not _column(table, "added")["base"].text
     assert _column(table, "added")["merged (default)"].text.startswith("31 ms (")
     assert _column(table, "per token")["merged (default)"].text == "20 ms (30 ms)"
     quick = replace(ours, seconds=stages | {"merge": Spread(0.00042, 0.0061)})

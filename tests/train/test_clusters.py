@@ -1,10 +1,12 @@
 """Clusters of a corpus: access sets never mix, and all is as it was after saving."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from localmoe.config import ClusterConfig
+from localmoe.train.clustering import bisect
 from localmoe.train.clusters import FIRST, Clusters, cluster, explained, load, nearest, save
 from localmoe.train.work import Work
 
@@ -56,22 +58,30 @@ def test_one_access_set_alone_and_its_clusters_do_not_depend_on_the_others() -> 
 
 
 def test_what_clusters_explain_is_the_variance_that_is_not_left_within_them() -> None:
-    found, embeddings, _ = _found()
-    within = whole = 0.0
-    for names in set(found.access):
-        numbers = [k for k, access in enumerate(found.access) if access == names]
-        rows = embeddings[[row for k in numbers for row in found.rows(k)]].astype(np.float64)
-        whole += float(((rows - rows.mean(axis=0)) ** 2).sum())
-        for k in numbers:
-            own = embeddings[found.rows(k)].astype(np.float64)
-            within += float(((own - own.mean(axis=0)) ** 2).sum())
-    np.testing.assert_allclose(explained(found.trees), 1 - within / whole, rtol=1e-4)
+    embeddings = _unit(40)
+    found = bisect(embeddings, CONFIG, FIRST)
+    rows, within = embeddings.astype(np.float64), 0.0
+    for k in range(FIRST):
+        own = rows[found.assignment == k]
+        within += float(((own - own.mean(axis=0)) ** 2).sum())
+    whole = float(((rows - rows.mean(axis=0)) ** 2).sum())
+    expected = 1 - (within / (40 - FIRST)) / (whole / 39)
+    np.testing.assert_allclose(explained(embeddings, CONFIG), max(0.0, expected), rtol=1e-4, atol=1e-6)
 
 
-def test_more_clusters_than_the_first_ones_do_not_explain_more() -> None:
-    curve = [[k, 100.0 - k, 1.0] for k in range(1, 2 * FIRST)]
-    assert explained([{"curve": curve}]) == explained([{"curve": curve[:FIRST]}]) == 1 - (100 - FIRST) / 99
-    assert explained([{"curve": [[1, 0.0, 0.0]]}]) == 0.0  # one document
+def test_what_random_documents_explain_is_about_nothing_and_what_kinds_of_text_explain_is_much() -> None:
+    random = np.random.default_rng(0)
+    noise = random.normal(size=(300, 64)).astype(np.float32)
+    kinds = noise + 12 * np.eye(64, dtype=np.float32)[random.integers(0, 5, 300)]
+    alike, unlike = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (noise, kinds))
+    assert explained(alike, CONFIG) < 0.1
+    assert explained(unlike, CONFIG) > 0.5
+    assert explained(unlike, replace(CONFIG, clusters=2, min_tokens=10**6)) == explained(unlike, CONFIG)
+    assert explained(alike[:1], CONFIG) == 0.0
+
+
+def test_many_times_one_document_explains_nothing() -> None:
+    assert explained(np.repeat(_unit(1), 30, axis=0), CONFIG) == 0.0
 
 
 def test_saved_clusters_are_loaded_as_they_were(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ class Source:
     @cached_property
     def without(self) -> frozenset[str]:
         """Held-out documents that stand, exactly or nearly, in train."""
-        return duplicates_of_train(self.engine, self.config.near_duplicate)[0]
+        length = min(self.config.length, context_length(self.engine.model))
+        return duplicates_of_train(self.engine, self.config.near_duplicate, length)[0]
 
     def held_out(self, prefix: int) -> HeldOut:
         """The held-out documents with more than `prefix` tokens. Raises CorpusError if there are none."""

@@ -85,7 +85,8 @@ def run_times(material: Material) -> Figure:
     rows: list[Row] = []
     for source in material.sources:
         manifest = source.engine.bank.manifest
-        tokens = sum(adapter.training.tokens for adapter in manifest.adapters if adapter.training is not None)
+        records = [adapter.training for adapter in manifest.adapters if adapter.training is not None]
+        tokens = sum(record.tokens for record in records if not record.with_trunk)  # counted with their trunk
         rows.append(
             {
                 "run": f"build of {source.name}",

@@ -34,8 +34,16 @@ def gain_against_time(material: Material) -> Figure:
     """Share of the way from the base to test-time training, against the time of an answer; from results."""
     new_tokens = material.config.new_tokens
     rows: list[Row] = []
+    left_out = []
     for name, results in material.some_results():
-        rows += _normalised(name, results, new_tokens)
+        found = _normalised(name, results, new_tokens)
+        rows += found
+        left_out += [] if found else [name]
+    if not rows:
+        raise UsageError(
+            f"{' and '.join(left_out)}: this figure needs the times and losses of base, and of ttt-trunk or ttt",
+            "add them: localmoe eval BANK --methods base,fine-tuned,merged-1,merged-3,merged-10,ttt-trunk",
+        )
     means = _means(rows)
 
     def draw(canvas: Any) -> None:
@@ -55,24 +63,25 @@ def gain_against_time(material: Material) -> Figure:
         label_points(axes, [(row["seconds"], row["share"], row["method"]) for row in drawn])
         axes.set(xlabel=f"seconds for {new_tokens} tokens", ylabel="(ppl base − ppl) / (ppl base − ppl TTT)")
 
+    drawn_from = list(dict.fromkeys(row["results"] for row in rows))
     goal = " or ".join(sorted({row["ttt"] for row in rows}))
     caption = (
-        f"0 is the base, 1 is {goal}, on the documents that both were scored on; mean of {len(material.results)} "
+        f"0 is the base, 1 is {goal}, on the documents that both were scored on; mean of {len(drawn_from)} "
         f"evaluations. Time: routing and merging as measured, then {new_tokens} tokens at the measured pace; an "
         "ensemble's tokens cost one forward for every active expert."
     )
-    settings = {"results": [name for name, _ in material.results], "new_tokens": new_tokens}
+    if left_out:
+        caption += f" Left out, without test-time training: {', '.join(left_out)}."
+    settings = {"results": drawn_from, "left_out": left_out, "new_tokens": new_tokens}
     return Figure("Gain against the time of an answer", caption, tuple(rows), settings, draw)
 
 
 def _normalised(name: str, results: Results, new_tokens: int) -> list[Row]:
+    """Rows of one evaluation; none where the base or test-time training was not scored or not timed."""
     base = results.method("base")
     goal = next((method for wanted in _TTT if (method := results.method(wanted)) is not None), None)
     if base is None or goal is None or "per_token" not in base.seconds:
-        raise UsageError(
-            f"{name}: this figure needs the times and losses of base, and of ttt-trunk or ttt",
-            "add them: localmoe eval BANK --methods base,fine-tuned,merged-1,merged-3,merged-10,ttt-trunk",
-        )
+        return []
     places = sorted(set(base.documents) & set(goal.documents))
     tokens = [results.tokens[place] for place in places]
     ends = {one.name: perplexity(nll_on(results, one.name, places) or [], tokens) for one in (base, goal)}

@@ -131,6 +131,18 @@ def test_the_ends_of_the_normalised_gain_are_base_and_ttt(made: dict[str, Figure
     assert _row(made["1-left"], method="ensemble-3")["seconds"] == pytest.approx(3 * base)
 
 
+def test_evaluations_without_test_time_training_are_left_out_of_the_gain_and_said(
+    made: dict[str, Figure], material: Material
+) -> None:
+    results = material.results[0][1]
+    poor = replace(results, methods=tuple(one for one in results.methods if not one.name.startswith("ttt")))
+    with_poor = figures["1-left"](replace(material, results=(*material.results, ("poor", poor))))
+    assert with_poor.rows == made["1-left"].rows
+    assert with_poor.settings["left_out"] == ["poor"] and "poor" in with_poor.caption
+    with pytest.raises(UsageError, match="poor: this figure needs"):
+        figures["1-left"](replace(material, results=(("poor", poor),)))
+
+
 def test_points_of_other_documents_are_left_out_and_said(made: dict[str, Figure], material: Material) -> None:
     assert {row["experts"] for row in made["1-right"].rows} == {4, 7, None}
     assert made["1-right"].settings["left_out"] == ["made up: ttt-trunk was scored on 2 documents only"]
