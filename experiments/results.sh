@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything under results/ that the README shows, from data files of your own; each part resumes where it was stopped.
 #   experiments/results.sh ARTICLES.jsonl.gz GSM8K-TRAIN.jsonl LAMBADA.jsonl PUBMED.jsonl WORK-FOLDER [PART ...]
-# PART: laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures; all of them if none is given. Two cores: hours.
+# PART: laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures smollm2-figures; all of them if none is given.
+# Two cores: hours.
 set -euo pipefail
-[ $# -ge 5 ] || { sed -n '2,4s/^# *//p' "$0" >&2; exit 2; }
+[ $# -ge 5 ] || { sed -n '2,5s/^# *//p' "$0" >&2; exit 2; }
 articles=$1 gsm8k=$2 lambada=$3 pubmed=$4 work=$5
 shift 5
-parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures}
+parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures smollm2-figures}
 bin=${BIN:-.venv/bin}
 base=HuggingFaceTB/SmolLM2-135M-Instruct
 mkdir -p "$work"
@@ -47,16 +48,16 @@ for part in $parts; do
         measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --clusters 128 --rank 8 --set train.alpha=8 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.1 --learning-rate 6e-3 --set search.tokens=100000 \
             --try-rate 0.5 --try-rate 1 --try-rate 2 -- "${tuned[@]}" \
-            --set 'fine_tune.ranks=[16]' --set fine_tune.tune_tokens=600000 --set 'fine_tune.rates=[1.0,2.0]' ;;
+            --set fine_tune.tune_tokens=600000 --set 'fine_tune.rates=[1.0,2.0]' ;;
     mixed-smollm2)
         mixed_corpus
         measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
             --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 -- --documents 250 \
-            --set fine_tune.tune_tokens=25000 --methods base,trunk,merged,fine-tuned,null,merged-1,ensemble ;;
+            --set fine_tune.tune_tokens=25000 --set 'fine_tune.batches=[]' --methods base,trunk,merged,fine-tuned,null,merged-1,ensemble ;;
     python)
         measure python "$work/python.jsonl" 100 256 --base $base --sample-tokens 500000 --clusters 24 --min-tokens 8000 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1 -- --documents 300 \
-            --set fine_tune.tune_tokens=50000 --methods base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform ;;
+            --set fine_tune.tune_tokens=50000 --set 'fine_tune.batches=[]' --methods $methods ;;
     wikipedia)
         measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 1000000 --clusters 24 --min-tokens 6000 \
             --learning-rate 1e-3 --set corpus.tune_fraction=0.02 --set corpus.test_fraction=0.08 --set threads=1 -- --documents 300 \

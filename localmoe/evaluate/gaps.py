@@ -6,7 +6,7 @@ from typing import Any
 
 from localmoe.evaluate.results import Results, in_common
 from localmoe.evaluate.statistics import gap_share
-from localmoe.evaluate.verdicts import control_sentence, noun
+from localmoe.evaluate.verdicts import control_sentence, noun, rank_sentence
 from localmoe.quantities import percent
 
 NEAR, FAR = "trunk", "ttt-trunk"
@@ -91,6 +91,6 @@ def _share(gap: dict[str, Any]) -> str:
 
 
 def closing_sentences(results: Results) -> list[str]:
-    """What stands below the table of an evaluation: the control, the gaps that are closed, and what is out of reach."""
-    others = [control_sentence(results), out_of_reach(results)]
+    """What stands below the table of an evaluation: ranks, the control, gaps that are closed, what is out of reach."""
+    others = [rank_sentence(results), control_sentence(results), out_of_reach(results)]
     return gap_sentences(results) + [sentence for sentence in others if sentence is not None]

@@ -92,6 +92,22 @@ def control_sentence(results: Results) -> str | None:
     )
 
 
+def rank_sentence(results: Results) -> str | None:
+    """That the fine-tune was best at another rank than the bank's, and how to build a bank of that one; else None."""
+    tuned, build = results.method("fine-tuned"), results.config.get("build", {}).get("train", {})
+    tried = [] if tuned is None else tuned.detail.get("tried", [])
+    if not tried or "rank" not in build:
+        return None
+    best = min(tried, key=lambda one: one["perplexity"])
+    if best["rank"] == build["rank"]:
+        return None
+    alpha = build["alpha"] * best["rank"] / build["rank"]
+    return (
+        f"the fine-tune was best at rank {best['rank']}, and the bank has {build['rank']}: a bank of its rank is built "
+        f"with --rank {best['rank']} --set train.alpha={alpha:g} --learning-rate {best['rate']:g}"
+    )
+
+
 def _without_routing(results: Results) -> str:
     """That part of what is won over the fine-tune is not due to asking the prompt, where shuffled centroids win too."""
     rows = [row for row in results.comparisons if row.method == CONTROL and row.baseline == "fine-tuned"]

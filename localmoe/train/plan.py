@@ -68,6 +68,7 @@ class Plan:
     notes: tuple[str, ...]
     """What was read and what was not, as sentences."""
     recipe: Recipe
+    rank: int
     documents: dict[str, int]
     """By split: train, tune, test, unused (not sampled)."""
     tokens: dict[str, int]
@@ -108,13 +109,13 @@ def advice(plan: Plan) -> str:
         count = plan.documents.get("train", 0)
         if count < FEW:
             return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
-        if plan.explained >= UNLIKE:
-            return f"{unlike}: so unlike, experts were seen to pay; measure it: localmoe eval"
         if plan.tokens_per_parameter >= SCARCE:
             return (
-                f"{measure}: one adapter cannot hold all of it, so experts are likely to pay, and eager ones more "
-                f"if the base knows such text: --try-rate 0.5 --try-rate 1 --try-rate 2 finds their rate; {unlike}"
+                f"{measure}: more than rank {plan.rank} holds. Raise --rank first: experts beat a fine-tune of their "
+                f"rank there, and one of a higher rank beat them; measure it: localmoe eval; {unlike}"
             )
+        if plan.explained >= UNLIKE:
+            return f"{unlike}: so unlike, experts were seen to pay; measure it: localmoe eval"
         return (
             f"{unlike}: so alike, experts were not seen to beat one adapter for all, nor to lose to it, while text is "
             "scarce; measure it: localmoe eval"
@@ -167,6 +168,7 @@ def _plan(source: str | Path, folder: Path, config: BuildConfig, probe: bool, wa
     return Plan(
         notes=tuple(report.finish().lines()),
         recipe=config.train.recipe,
+        rank=config.train.rank,
         documents=counts["split_documents"],
         tokens=tokens,
         wanted=advised_clusters(tokens["train"], config.cluster),

@@ -8,7 +8,7 @@ import pytest
 
 from localmoe.evaluate.results import Results
 from localmoe.evaluate.statistics import compare
-from localmoe.evaluate.verdicts import control_sentence, in_words, noun, smallest_effect, verdict
+from localmoe.evaluate.verdicts import control_sentence, in_words, noun, rank_sentence, smallest_effect, verdict
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,18 @@ def test_the_control_is_said_to_lose_only_if_it_does(worse: float, begins: str, 
     said = control_sentence(replace(results, methods=(merged, null)))
     assert said is not None and said.startswith(begins)
     assert control_sentence(replace(results, methods=(merged,))) is None
+
+
+@pytest.mark.parametrize(("rank", "said"), [(16, False), (64, True)])
+def test_a_fine_tune_that_was_best_at_another_rank_says_how_to_build_such_a_bank(rank: int, said: bool) -> None:
+    results = made_results.results()
+    tuned = results.method("fine-tuned")
+    assert tuned is not None
+    tried = [{"rate": 2e-3, "rank": 16, "perplexity": 20.0}, {"rate": 1e-3, "rank": rank, "perplexity": 19.0}]
+    methods = tuple(replace(one, detail={"tried": tried}) if one is tuned else one for one in results.methods)
+    build = {"train": {"rank": 16, "alpha": 16.0}}
+    sentence = rank_sentence(replace(results, methods=methods, config=results.config | {"build": build}))
+    assert (sentence is not None) == said
+    if sentence is not None:
+        assert "--rank 64 --set train.alpha=64 --learning-rate 0.001" in sentence
+    assert rank_sentence(replace(results, methods=())) is None

@@ -145,8 +145,8 @@ def test_the_advice_turns_where_an_adapter_is_full(tiny_corpus: Path, config: Bu
     ("documents", "ratio", "explained", "word"),
     [
         (FEW - 1, SCARCE, UNLIKE, "so few"),
-        (FEW, SCARCE, 0.0, "and eager ones more"),
-        (FEW, SCARCE, UNLIKE, "so unlike"),
+        (FEW, SCARCE, 0.0, "Raise --rank first"),
+        (FEW, SCARCE, UNLIKE, "more than rank 4 holds"),
         (FEW, SCARCE / 2, UNLIKE, "so unlike"),
         (FEW, SCARCE / 2, UNLIKE / 2, "so alike"),
     ],
