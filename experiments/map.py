@@ -3,7 +3,7 @@
     python experiments/map.py results/*/results.json -o docs/where-experts-pay.svg
 
 A table goes to standard output. Colour and sign say what merging gains over the fine-tune of equal tokens; grey: no
-difference shown.
+difference shown; hollow: fewer than three ranks of the fine-tune were tried.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from localmoe.evaluate.results import Results, read_results
 from localmoe.quantities import interval_text
 from localmoe.train.plan import SCARCE, UNLIKE
 
+TUNED = 3
+"""Ranks that a fine-tune was tried at from which its rank counts as tuned."""
+CLOSE = 4.0
+"""Ratio of two points' tokens a parameter below which their labels would overlap."""
 COLOURS = {1: "#1b7f5c", 0: "#8a8f98", -1: "#c0392b"}
 
 
@@ -30,6 +34,8 @@ class Point(NamedTuple):
     high: float
     experts: int
     tokens: int
+    ranks: int
+    """How many the fine-tune was tried at."""
 
     @property
     def interval(self) -> str:
@@ -49,7 +55,10 @@ def point(name: str, results: Results) -> Point | None:
         return None
     corpus, row = results.corpus, rows[0]
     place = (corpus["tokens_per_parameter"], corpus["explained"])
-    return Point(name, *place, row.gain, *row.interval, results.config["experts"], corpus["bank_training_tokens"])
+    tuned = results.method("fine-tuned")
+    ranks = {one["rank"] for one in tuned.detail["tried"]} if tuned is not None else set()
+    told = (results.config["experts"], corpus["bank_training_tokens"], len(ranks))
+    return Point(name, *place, row.gain, *row.interval, *told)
 
 
 def draw(points: list[Point], target: Path) -> None:
@@ -65,12 +74,20 @@ def draw(points: list[Point], target: Path) -> None:
     axes.axvline(SCARCE, color="#8a8f98", lw=0.8, ls=":")
     axes.axhline(UNLIKE, color="#8a8f98", lw=0.8, ls=":")
     for one in points:
-        axes.scatter(one.tokens_per_parameter, one.explained, s=70, color=COLOURS[one.sign], zorder=3)
+        face = COLOURS[one.sign] if one.ranks >= TUNED else "white"
+        where = (one.tokens_per_parameter, one.explained)
+        axes.scatter(*where, s=70, facecolor=face, edgecolor=COLOURS[one.sign], linewidth=1.8, zorder=3)
+        left = any(
+            1 < other.tokens_per_parameter / one.tokens_per_parameter < CLOSE
+            and abs(other.explained - one.explained) < 0.03
+            for other in points
+        )
         axes.annotate(
             f"{one.name}\n{one.interval}",
-            (one.tokens_per_parameter, one.explained),
-            xytext=(7, 0),
+            where,
+            xytext=(-7 if left else 7, 0),
             textcoords="offset points",
+            ha="right" if left else "left",
             fontsize=7.5,
             va="center",
             color=COLOURS[one.sign],
@@ -78,6 +95,8 @@ def draw(points: list[Point], target: Path) -> None:
     axes.set(xscale="log", ylim=(0, None), xlabel="train tokens for every parameter of an adapter: how full it gets")
     axes.set(ylabel="variance between 16 clusters: how unlike documents are", xlim=(0.02, 200))
     axes.spines[["top", "right"]].set_visible(False)
+    note = "hollow: the fine-tune's rank was not tuned"
+    axes.text(0.01, 0.02, note, transform=axes.transAxes, fontsize=8)
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything under results/ that the README shows, from data files of your own; each part resumes where it was stopped.
 #   experiments/results.sh ARTICLES.jsonl.gz GSM8K-TRAIN.jsonl LAMBADA.jsonl PUBMED.jsonl WORK-FOLDER [PART ...]
-# PART: laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures smollm2-figures; all of them if none is given.
+# PART: laboratory mixed mixed-rank-512 mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures; all of them if none is given.
 # Two cores: hours.
 set -euo pipefail
 [ $# -ge 5 ] || { sed -n '2,5s/^# *//p' "$0" >&2; exit 2; }
 articles=$1 gsm8k=$2 lambada=$3 pubmed=$4 work=$5
 shift 5
-parts=${*:-laboratory mixed mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures smollm2-figures}
+parts=${*:-laboratory mixed mixed-rank-512 mixed-smollm2 wikipedia-laboratory python-laboratory python wikipedia figures}
 bin=${BIN:-.venv/bin}
 base=HuggingFaceTB/SmolLM2-135M-Instruct
 mkdir -p "$work"
@@ -41,6 +41,10 @@ for part in $parts; do
         mixed_corpus
         measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
             "${tuned[@]}" --set fine_tune.tune_tokens=300000 ;;
+    mixed-rank-512)
+        mixed_corpus
+        measure mixed-rank-512 "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.5e-3 \
+            --rank 512 --set train.alpha=512 -- "${tuned[@]}" --set fine_tune.tune_tokens=200000 ;;
     python-laboratory)
         measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
             "${tuned[@]}" --set fine_tune.tune_tokens=300000 ;;

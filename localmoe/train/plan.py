@@ -96,7 +96,7 @@ SCARCE, AMPLE = 2.0, 10.0
 
 
 UNLIKE = 0.2
-"""Variance between 16 clusters above which scarce text was seen to pay too (results/: from 0.25; level up to 0.12)."""
+"""Variance between 16 clusters above which scarce text was seen to pay too (results/: from 0.21; level up to 0.12)."""
 FEW = 500
 """Train documents below which jointly trained experts were not seen to beat one adapter (choosing.md)."""
 
