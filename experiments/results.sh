@@ -79,9 +79,13 @@ for part in $parts; do
                 --sample-tokens 250000 --min-tokens 4000 --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 \
                 --learning-rate 6e-3 --set train.batch=4 --set train.expert_rate=1 --set threads=1
         done
-        few=("$work/wikipedia-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 --documents 100)
+        few=("$work/wikipedia-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 --documents 300)
         "$bin/localmoe" eval "${few[@]}" --figure 1-right --with "$work/wikipedia-8-static-bank" --with "$work/wikipedia-32-static-bank"
         "$bin/localmoe" eval "${few[@]}" --figure encoders --with "$work/wikipedia-16-all-MiniLM-L6-v2-bank"
+        "$bin/localmoe" build "$work/python.jsonl" "$work/python-32-bank" --max-passage 256 --set corpus.passages_per_document=1 --base $base \
+            --sample-tokens 500000 --clusters 32 --min-tokens 6000 --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1
+        "$bin/localmoe" eval "$work/python-bank" -o results/python --prefix 100 --length 256 --documents 300 \
+            --figure 1-right --with "$work/python-32-bank" --set 'figure.active=[3]'
         "$bin/python" experiments/map.py results/*/results.json -o docs/where-experts-pay.svg ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac
