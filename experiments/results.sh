@@ -86,6 +86,8 @@ for part in $parts; do
             --sample-tokens 500000 --clusters 32 --min-tokens 6000 --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1
         "$bin/localmoe" eval "$work/python-bank" -o results/python --prefix 100 --length 256 --documents 300 \
             --figure 1-right --with "$work/python-32-bank" --set 'figure.active=[3]'
+        "$bin/localmoe" eval "$work/python-bank" -o results/python --prefix 100 --length 256 --documents 300 \
+            --figure 1-left --figure table-1 --with results/wikipedia-laboratory
         "$bin/python" experiments/map.py results/*/results.json -o docs/where-experts-pay.svg ;;
     *) echo "no part is called $part" >&2; exit 2 ;;
     esac

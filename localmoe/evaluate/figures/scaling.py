@@ -66,9 +66,9 @@ def gain_against_time(material: Material) -> Figure:
     drawn_from = list(dict.fromkeys(row["results"] for row in rows))
     goal = " or ".join(sorted({row["ttt"] for row in rows}))
     caption = (
-        f"0 is the base, 1 is {goal}, on the documents that both were scored on; mean of {len(drawn_from)} "
-        f"evaluations. Time: routing and merging as measured, then {new_tokens} tokens at the measured pace; an "
-        "ensemble's tokens cost one forward for every active expert."
+        f"0 is the base, 1 is {goal}, on the documents that both were scored on; mean of the {len(drawn_from)} "
+        "evaluations, for methods that all have. Time: routing and merging as measured, then "
+        f"{new_tokens} tokens at the measured pace; an ensemble's tokens cost one forward for every active expert."
     )
     if left_out:
         caption += f" Left out, without test-time training: {', '.join(left_out)}."
@@ -115,10 +115,12 @@ def _answer_seconds(method: MethodResult, base: MethodResult, new_tokens: int) -
 
 
 def _means(rows: Sequence[Row]) -> list[Row]:
-    """Share and time of every method, averaged over evaluations."""
-    found = []
+    """Share and time averaged over evaluations, of the methods that every one of them has: others' means lie apart."""
+    found, evaluations = [], len({row["results"] for row in rows})
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
+        if len(own) < evaluations:
+            continue
         means = {key: sum(row[key] for row in own) / len(own) for key in ("share", "seconds")}
         found.append({"method": method} | means)
     return found

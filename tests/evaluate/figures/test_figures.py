@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from localmoe.errors import UnknownNameError, UsageError
+from localmoe.evaluate.figures import scaling
 from localmoe.evaluate.figures.figure import Figure, as_table, figures, write_figure
 from localmoe.evaluate.figures.making import make_figures
 from localmoe.evaluate.figures.material import HeldOut, Material
@@ -141,6 +142,15 @@ def test_evaluations_without_test_time_training_are_left_out_of_the_gain_and_sai
     assert with_poor.settings["left_out"] == ["poor"] and "poor" in with_poor.caption
     with pytest.raises(UsageError, match="poor: this figure needs"):
         figures["1-left"](replace(material, results=(("poor", poor),)))
+
+
+def test_means_over_evaluations_are_of_methods_that_all_of_them_have() -> None:
+    rows = [
+        {"results": name, "method": "merged", "share": share, "seconds": 2.0}
+        for name, share in (("a", 0.5), ("b", 0.7))
+    ]
+    alone = {"results": "a", "method": "merged-3", "share": 1.0, "seconds": 9.0}
+    assert scaling._means([*rows, alone]) == [{"method": "merged", "share": 0.6, "seconds": 2.0}]
 
 
 def test_points_of_other_documents_are_left_out_and_said(made: dict[str, Figure], material: Material) -> None:
