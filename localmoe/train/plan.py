@@ -104,11 +104,12 @@ FEW = 500
 def advice(plan: Plan) -> str:
     """On which side of the border a corpus lies, where one adapter for all would do as well (docs/choosing.md)."""
     measure = f"{plan.tokens_per_parameter:.2g} train tokens for every parameter of an adapter"
-    unlike = f"{FIRST} clusters at most hold {plan.explained:.0%} of the variance between documents"
+    unlike = f"{FIRST} clusters hold {plan.explained:.0%} of the variance between documents"
     if plan.recipe == "joint":
         count = plan.documents.get("train", 0)
         if count < FEW:
-            return f"{count:,} documents to train on: so few were not seen to beat one adapter for all; {unlike}"
+            few = f"{count:,} documents to train on: so few were not seen to beat one adapter for all"
+            return few if count <= FIRST else f"{few}; {unlike}"  # of so few nothing can be told
         if plan.tokens_per_parameter >= SCARCE:
             return (
                 f"{measure}: more than rank {plan.rank} holds. Raise --rank first: experts beat a fine-tune of their "

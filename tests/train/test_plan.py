@@ -11,6 +11,7 @@ from localmoe.config import BuildConfig, ClusterConfig, SearchConfig, TrainConfi
 from localmoe.errors import CorpusError
 from localmoe.models import load_model
 from localmoe.train import plan as planning
+from localmoe.train.clusters import FIRST
 from localmoe.train.plan import AMPLE, FEW, SCARCE, UNLIKE, Plan, advice, plan
 from localmoe.train.progress import Event
 from localmoe.train.rates import EXPERTS
@@ -157,6 +158,8 @@ def test_the_advice_for_a_joint_training_says_on_which_side_of_the_border_a_corp
     found = plan(tiny_corpus, replace(config, train=replace(config.train, recipe="joint")), probe=False)
     told = advice(replace(found, documents={"train": documents}, tokens_per_parameter=ratio, explained=explained))
     assert word in told and f"{explained:.0%} of the variance" in told
+    fewest = advice(replace(found, documents={"train": FIRST}, tokens_per_parameter=ratio, explained=0.0))
+    assert "so few" in fewest and "variance" not in fewest
 
 
 def test_rates_to_try_take_time_too(tiny_corpus: Path, config: BuildConfig) -> None:
