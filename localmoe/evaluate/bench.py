@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from localmoe.bank.manifest import Manifest
+from localmoe.bank.store import Bank
 from localmoe.config import BuildConfig, EvalConfig
 from localmoe.errors import UsageError
 from localmoe.evaluate.protocol import Cut, Trial, document_in
@@ -96,10 +97,7 @@ class Bench:
     @cached_property
     def public_train(self) -> tuple[list[str], np.ndarray]:
         """Ids of the public train documents, and their rows in the bank's embeddings [t]."""
-        table = self.engine.bank.documents()
-        columns = zip(*(table[name].to_pylist() for name in ("id", "split", "access")), strict=True)
-        kept = [(row, name) for row, (name, split, access) in enumerate(columns) if split == "train" and not access]
-        return [name for _, name in kept], np.array([row for row, _ in kept], dtype=np.int64)
+        return public_train(self.engine.bank)
 
     def train_passages(self, documents: Sequence[str] | None = None, most: int | None = None) -> list[Passage]:
         """Passages of the train documents (or of these ids, in this order), cut as the build cut them.
@@ -116,6 +114,14 @@ class Bench:
         return found
 
 
+def public_train(bank: Bank) -> tuple[list[str], np.ndarray]:
+    """Ids of a bank's public train documents, and their rows in its documents and embeddings [t]."""
+    table = bank.documents()
+    columns = zip(*(table[name].to_pylist() for name in ("id", "split", "access")), strict=True)
+    kept = [(row, name) for row, (name, split, access) in enumerate(columns) if split == "train" and not access]
+    return [name for _, name in kept], np.array([row for row, _ in kept], dtype=np.int64)
+
+
 def trained_at(manifest: Manifest) -> float:
     """The rate that a bank's trunk was trained at; without one the highest of its experts."""
     adapters = manifest.adapters if manifest.trunk is None else (manifest.trunk,)
@@ -128,13 +134,18 @@ def trained_tokens(manifest: Manifest) -> int:
 
     Raises NotPossibleError for a bank of imported experts.
     """
-    training = [adapter.training for adapter in manifest.adapters]
-    if any(record is None for record in training):
+    if any(adapter.training is None for adapter in manifest.adapters):
         raise NotPossibleError(
             "the bank holds imported experts: how many tokens they saw is not known",
             "evaluate a bank that was built here",
         )
-    return sum(record.tokens for record in training if record is not None and not record.with_trunk)
+    return known_tokens(manifest)
+
+
+def known_tokens(manifest: Manifest) -> int:
+    """`trained_tokens` of the adapters of which they are known: all but imported ones."""
+    records = (adapter.training for adapter in manifest.adapters)
+    return sum(record.tokens for record in records if record is not None and not record.with_trunk)
 
 
 Method = Callable[[Bench], Scores]

@@ -19,7 +19,16 @@ from pydantic import TypeAdapter
 from localmoe.config import EvalConfig, as_dict
 from localmoe.errors import ConfigError, LocalMoEError
 from localmoe.evaluate import baselines, full, merged, ttt  # noqa: F401 - they register methods
-from localmoe.evaluate.bench import Bench, NotPossibleError, Scores, Watch, methods, trained_at, trained_tokens
+from localmoe.evaluate.bench import (
+    Bench,
+    NotPossibleError,
+    Scores,
+    Watch,
+    methods,
+    public_train,
+    trained_at,
+    trained_tokens,
+)
 from localmoe.evaluate.gaps import closed_gaps
 from localmoe.evaluate.leaks import check_leaks, duplicates_of_train
 from localmoe.evaluate.protocol import Cut, Trial, trials_of
@@ -164,9 +173,7 @@ def _training_key(engine: Engine, config: EvalConfig, cut: Cut, tune: Sequence[T
     del tuned["full_rates"]  # they decide another baseline, whose trials are named by their rate
     build = manifest.settings()
     train = {name: value for name, value in as_dict(build.train).items() if name in _OF_A_FINE_TUNE}
-    table = engine.bank.documents()
-    rows = zip(table["id"].to_pylist(), table["split"].to_pylist(), table["access"].to_pylist(), strict=True)
-    public = sorted(name for name, split, access in rows if split == "train" and not access)
+    public = sorted(public_train(engine.bank)[0])
     cuts = [as_dict(build.corpus), cut.query, cut.prefix, cut.length]
     rates = [trained_at(manifest), trained_tokens(manifest)]
     return _hashed(engine, [tuned, config.seed, train, public, cuts, rates, [trial.document for trial in tune]])

@@ -54,16 +54,18 @@ def out_of_reach(results: Results) -> str | None:
 
 
 def closed_gaps(results: Results, method: str) -> dict[str, dict[str, Any]]:
-    """`closed_gap` for each of `GAPS` whose both ends were scored."""
+    """`closed_gap` for each of `GAPS` that can be asked for."""
     return {key: closed_gap(results, method, *GAPS[key]) for key in _asked(results)}
 
 
 def _asked(results: Results) -> list[str]:
-    return [key for key, ends in GAPS.items() if all(results.method(end) is not None for end in ends)]
+    """Gaps whose end was scored, and whose beginning was, or is the trunk: then it is said that it was not."""
+    scored = {method.name for method in results.methods} | {NEAR}
+    return [key for key, (near, far) in GAPS.items() if near in scored and far in scored]
 
 
 def gap_sentences(results: Results) -> list[str]:
-    """The gaps that the shipped default closes, or why there is none; of those alone whose ends were scored."""
+    """The gaps that the shipped default closes, or why there is none; of those that can be asked for."""
     method = results.default
     if method is None:
         return []

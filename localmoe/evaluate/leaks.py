@@ -52,10 +52,9 @@ def duplicates_of_train(engine: Engine, threshold: float, length: int) -> tuple[
 def _beginnings(engine: Engine, ids: Sequence[str], length: int) -> list[str] | None:
     """What an evaluation sees of these documents, of a conversation all; None where whole texts were trained on too."""
     corpus = engine.bank.manifest.settings().corpus
-    found, cut = [], corpus.passages_per_document is not None
+    found, cut, longest = [], corpus.passages_per_document is not None, min(length, corpus.passage_tokens)
     for text, messages in engine.bank.contents(ids):
         tokens = [] if messages else engine.tokenizer(text, verbose=False)["input_ids"]
-        longest = min(length, corpus.passage_tokens)
         cut = cut or len(tokens) > longest
         found.append(engine.tokenizer.decode(tokens[:length], skip_special_tokens=True) if tokens else text)
     return found if cut else None

@@ -120,6 +120,11 @@ class Results:
         """The result of one method, if it is among them."""
         return next((method for method in self.methods if method.name == name), None)
 
+    def comparison(self, method: str, baseline: str | None) -> ComparisonRow | None:
+        """The comparison of a method with a baseline, if it was made."""
+        rows = (row for row in self.comparisons if row.method == method and row.baseline == baseline)
+        return next(rows, None)
+
 
 def in_common(methods: Sequence[MethodResult]) -> tuple[list[int], list[list[float]]]:
     """The places of the documents that all these methods were scored on, and the summed nll of each method there."""

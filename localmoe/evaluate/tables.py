@@ -59,12 +59,6 @@ def main_baseline(results: Results) -> str | None:
     return next((name for name in (*BASELINES, *known) if name in known), None)
 
 
-def comparison(results: Results, method: str, baseline: str | None) -> ComparisonRow | None:
-    """The comparison of a method with a baseline, if it was made."""
-    rows = (row for row in results.comparisons if row.method == method and row.baseline == baseline)
-    return next(rows, None)
-
-
 def headline(results: Results) -> ComparisonRow | None:
     """The comparison that an evaluation is about: the shipped default with the main baseline."""
     rows = [row for row in results.comparisons if row.baseline == main_baseline(results)]
@@ -87,7 +81,7 @@ def methods_table(results: Results) -> Table:
         Column("trained on", True, "label tokens that were trained on to make this model"),
     )
     rows = tuple(
-        _method_cells(results, method, comparison(results, method.name, baseline)) for method in results.methods
+        _method_cells(results, method, results.comparison(method.name, baseline)) for method in results.methods
     )
     notes = [f"{method.name}: {method.note}" for method in results.methods if method.note]
     if baseline not in (None, BASELINES[0]):

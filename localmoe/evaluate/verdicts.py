@@ -110,10 +110,10 @@ def rank_sentence(results: Results) -> str | None:
 
 def _without_routing(results: Results) -> str:
     """That part of what is won over the fine-tune is not due to asking the prompt, where shuffled centroids win too."""
-    rows = [row for row in results.comparisons if row.method == CONTROL and row.baseline == "fine-tuned"]
-    if not rows or rows[0].interval[0] <= 0:
+    row = results.comparison(CONTROL, "fine-tuned")
+    if row is None or row.interval[0] <= 0:
         return ""
-    won = interval_text(rows[0].gain, *rows[0].interval)
+    won = interval_text(row.gain, *row.interval)
     return f"; they too beat the fine-tune, by {won}: so much is not due to asking the prompt"
 
 

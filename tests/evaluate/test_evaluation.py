@@ -39,11 +39,9 @@ CONFIG = EvalConfig(
     length=40,
     timed=1,
     ttt=TTTConfig(documents=2, neighbours=3),
-    fine_tune=FineTuneConfig(rates=(1.0, 2.0), batches=(1, 4), full_rates=(1e-3, 3e-3), tune_tokens=200),
+    fine_tune=FineTuneConfig(rates=(1.0, 2.0), full_rates=(1e-3, 3e-3), tune_tokens=200),
 )
-
-
-RANK = 4
+RANK = 4  # of `tiny.tiny_config`
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from localmoe.errors import UsageError
+from localmoe.evaluate.bench import public_train
 from localmoe.evaluate.drawing import COLOURS, FAINT, MAP, Series, draw_series, ones_twos_fives, ticks
 from localmoe.evaluate.figures.figure import Figure, Row, figures
 from localmoe.evaluate.figures.material import HeldOut, Material, Source
@@ -173,10 +174,8 @@ def _balance(labels: np.ndarray, tokens: np.ndarray) -> Row:
 def _train_vectors(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings [n, d] fp16 and tokens [n] of the public train documents."""
     bank = source.engine.bank
-    table = bank.documents()
-    splits, access = table["split"].to_pylist(), table["access"].to_pylist()
-    rows = [row for row, split in enumerate(splits) if split == "train" and not access[row]]
-    return np.ascontiguousarray(bank.embeddings()[rows]), np.array(table["tokens"].to_pylist())[rows]
+    rows = public_train(bank)[1]
+    return np.ascontiguousarray(bank.embeddings()[rows]), np.array(bank.documents()["tokens"].to_pylist())[rows]
 
 
 @figures.register("encoders")

@@ -66,8 +66,12 @@ class Source:
     @cached_property
     def without(self) -> frozenset[str]:
         """Held-out documents that stand, exactly or nearly, in train."""
-        length = min(self.config.length, context_length(self.engine.model))
-        return duplicates_of_train(self.engine, self.config.near_duplicate, length)[0]
+        return duplicates_of_train(self.engine, self.config.near_duplicate, self.length)[0]
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of a document that are read at most."""
+        return min(self.config.length, context_length(self.engine.model))
 
     def held_out(self, prefix: int) -> HeldOut:
         """The held-out documents with more than `prefix` tokens. Raises CorpusError if there are none."""
@@ -91,8 +95,7 @@ class HeldOut:
         self.source = source
         self.engine = source.engine
         self.prefix = prefix
-        length = min(source.config.length, context_length(self.engine.model))
-        self._cut = Cut(prefix, prefix, length)
+        self._cut = Cut(prefix, prefix, source.length)
         trials = trials_of(self.engine, "test", self._cut, source.config.documents, source.without)
         if any(trial.messages for trial in trials):
             raise UsageError(

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from localmoe.errors import UsageError
+from localmoe.evaluate.bench import known_tokens
 from localmoe.evaluate.drawing import COLOURS, INK, Series, draw_series
 from localmoe.evaluate.figures.figure import Figure, Row, figures
 from localmoe.evaluate.figures.material import Material
@@ -85,14 +86,12 @@ def run_times(material: Material) -> Figure:
     rows: list[Row] = []
     for source in material.sources:
         manifest = source.engine.bank.manifest
-        records = [adapter.training for adapter in manifest.adapters if adapter.training is not None]
-        tokens = sum(record.tokens for record in records if not record.with_trunk)  # counted with their trunk
         rows.append(
             {
                 "run": f"build of {source.name}",
                 "seconds": float(manifest.created.get("seconds", 0.0)),
                 "experts": len(manifest.experts),
-                "training_tokens": tokens,
+                "training_tokens": known_tokens(manifest),
                 "documents": None,
             }
         )
