@@ -33,7 +33,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from localmoe.bank.manifest import ADAPTER_WEIGHTS
-from localmoe.bank.peft import read_adapter
+from localmoe.bank.peft import from_peft
 from localmoe.bank.store import Bank
 from localmoe.config import LmEvalConfig, as_dict, default_of
 from localmoe.errors import LocalMoEError, TemporaryError, UnknownNameError, UsageError
@@ -41,8 +41,10 @@ from localmoe.evaluate.local_tasks import Task, TaskGroup
 from localmoe.evaluate.questions import Questions
 from localmoe.identity import fingerprint
 from localmoe.lora import Adapter, attached
+from localmoe.models import target_linears
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
+from localmoe.runtime.execution.layout import shape_of
 from localmoe.runtime.router import route_config
 
 _STAMP = "localmoe configuration"  # key of a response cache that holds whose responses they are
@@ -121,6 +123,7 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
         self._base = fingerprint(self.engine.model)  # a base variant is not what the bank's manifest says
         self.name = _method(self.engine.bank, method, adapter)
         self.adapter = Path(adapter) if method == "adapter" and adapter is not None else None
+        self._beside = self._adapter_beside()
         self.prefix_tokens = prefix_tokens
         self.questions = Questions(route_on)
         self._mixes: dict[str, Mix] = {}
@@ -201,7 +204,7 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
 
         HFLM reorders, batches and reuses logits only within one call, so never across two mixes.
         """
-        beside = self._beside()
+        beside = self._beside
         groups: dict[Mix, list[int]] = {}
         for place, mix in enumerate(mixes):
             groups.setdefault(mix, []).append(place)
@@ -216,10 +219,11 @@ class LocalMoELM(HFLM):  # type: ignore[misc]
                 bar.update(len(places))
         return found
 
-    def _beside(self) -> Adapter | None:
-        """The one adapter that answers, where no mix does."""
+    def _adapter_beside(self) -> Adapter | None:
+        """The one adapter that answers, where no mix does; raises BankError for a foreign one of another base."""
         if self.adapter is not None:
-            return read_adapter(self.adapter)[0]
+            shapes = {name: shape_of(module) for name, module in target_linears(self.engine.model).items()}
+            return from_peft(self.adapter, shapes)[0]
         return self.engine.bank.trunk() if self.name == "trunk" else None
 
     # whose answers they are

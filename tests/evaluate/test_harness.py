@@ -14,9 +14,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 
+from localmoe.bank.adapters import write_adapter
 from localmoe.bank.store import Bank
 from localmoe.config import GenerateConfig, RouteConfig
-from localmoe.errors import UnknownNameError, UsageError
+from localmoe.errors import BankError, UnknownNameError, UsageError
 from localmoe.evaluate.harness import LocalMoELM
 from localmoe.routing import Mix
 from localmoe.runtime.engine import Engine, base_mix, open_engine
@@ -241,6 +242,12 @@ def test_an_adapter_answers_beside_the_base_and_has_a_cache_of_its_own(engine: E
     assert lm.loglikelihood(requests) == trunk.loglikelihood(requests)
     assert len({lm.mark, trunk.mark, LocalMoELM(engine, method="base").mark}) == 3
     assert lm.routing().route_on == "nothing"
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_asked(engine: Engine, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path, "trunk", tiny.random_adapter(tiny.base("gpt2")), "gpt2", fan_in_fan_out=True)
+    with pytest.raises(BankError, match="are not in the base model"):
+        LocalMoELM(engine, method="adapter", adapter=tmp_path / other.folder)
 
 
 def test_what_is_no_adapter_is_an_error_that_says_so(engine: Engine, tmp_path: Path) -> None:
