@@ -73,7 +73,7 @@ def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, com
     begun = time.perf_counter()
     wanted = [(name, methods[name]) for name in config.methods]
     cut = _cut(engine, config)
-    without, note = duplicates_of_train(engine, config.near_duplicate, cut.length)
+    without, note = _duplicates(engine, folder, config.near_duplicate, cut.length)
     checks = [Check("no test document stands in train", True, note)]
     everything = trials_of(engine, "test", cut, without=without)
     tune = trials_of(engine, "tune", cut, without=without)
@@ -118,6 +118,16 @@ def _cut(engine: Engine, config: EvalConfig) -> Cut:
             "make query_prefix at most prefix",
         )
     return Cut(query, config.prefix, min(limit, config.length))
+
+
+def _duplicates(engine: Engine, folder: Path, threshold: float, length: int) -> tuple[frozenset[str], str]:
+    """`duplicates_of_train`, found once for a bank: all of its texts are read for it."""
+    work, file = Work(folder, _hashed(engine, [engine.bank.manifest.digest, threshold, length])), "duplicates.json"
+    if not work.has(file):
+        found, note = duplicates_of_train(engine, threshold, length)
+        work.write_json(file, {"documents": sorted(found), "note": note})
+    kept = work.read_json(file)
+    return frozenset(kept["documents"]), kept["note"]
 
 
 def _nearest_experts(engine: Engine, trials: Sequence[Trial]) -> list[str | None]:

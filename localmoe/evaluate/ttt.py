@@ -10,10 +10,12 @@ import torch
 from localmoe.evaluate.baselines import fine_tuned_adapter, neighbours, trunk_of, trunk_tokens
 from localmoe.evaluate.bench import Bench, Scores, methods
 from localmoe.evaluate.protocol import Trial
-from localmoe.lora import Adapter, attached
+from localmoe.lora import Adapter, LowRank, attached
 from localmoe.models import packed
 from localmoe.packing import Passage, token_nll
 from localmoe.runtime.engine import base_mix
+from localmoe.train.places import Places
+from localmoe.train.together import captured, step_through
 from localmoe.train.training import fresh_adapter, step_once
 
 
@@ -39,11 +41,13 @@ def ttt_fine_tuned(bench: Bench) -> Scores:
 def _trained(bench: Bench, start: Adapter, title: str, before: int) -> Scores:
     """The first documents, one after the other; each is kept as soon as it is done."""
     totals, search, trained, seen = [], [], [], []
+    model = bench.engine.model
+    room = Places(model, start, 1) if captured(model) else None
     count = min(bench.config.ttt.documents, len(bench.trials))
     for place, trial in enumerate(bench.trials[:count]):
         name = f"{title}/{trial.document}.json"
         if not bench.work.has(name):
-            bench.work.write_json(name, _one(bench, trial, start))
+            bench.work.write_json(name, _one(bench, trial, start, room))
         one = bench.work.read_json(name)
         totals.append(one["nll"])
         search.append(one["search"])
@@ -56,26 +60,40 @@ def _trained(bench: Bench, start: Adapter, title: str, before: int) -> Scores:
     return Scores(tuple(range(count)), tuple(totals), before + round(sum(seen) / count), seconds=stages, note=note)
 
 
-def _one(bench: Bench, trial: Trial, start: Adapter) -> dict[str, float]:
+def _one(bench: Bench, trial: Trial, start: Adapter, room: Places | None) -> dict[str, float]:
     passages, search = neighbours(bench, trial)
-    nll, seconds = train_and_score(bench, passages, start, trial.passage)
+    nll, seconds = train_and_score(bench, passages, start, trial.passage, room)
     tokens = sum(passage.predicted for passage in passages)
     return {"nll": nll, "search": search, "train": seconds, "tokens": tokens}
 
 
-def train_and_score(bench: Bench, passages: Sequence[Passage], start: Adapter, scored: Passage) -> tuple[float, float]:
+def train_and_score(
+    bench: Bench, passages: Sequence[Passage], start: Adapter, scored: Passage, room: Places | None = None
+) -> tuple[float, float]:
     """Summed nll (nats) of `scored` after one AdamW step at a constant rate on each passage in turn, and the seconds.
 
-    `start` itself stays as it was: the factors that are trained are copies.
+    `start` itself stays as it was. room: where to train, the same for all prompts, so that steps captured for one serve
+    the next; none = factors of its own, kernel by kernel.
     """
-    engine, config = bench.engine, bench.build_config.train
-    with engine.merged(base_mix(engine.bank)), attached(engine.model, start, True, True) as modules:
+    engine = bench.engine
+    with engine.merged(base_mix(engine.bank)):
         begun = time.perf_counter()
+        if room is None:
+            adapter = _stepped(bench, passages, start)
+        else:
+            adapter = step_through(room, start, passages, bench.build_config.train, bench.config.ttt.rate)
+        seconds = time.perf_counter() - begun
+        with attached(engine.model, adapter), packed(engine.model):
+            return float(token_nll(engine.model, [scored])[0].double().sum()), seconds
+
+
+def _stepped(bench: Bench, passages: Sequence[Passage], start: Adapter) -> Adapter:
+    """`start` after a step on each passage, the factors fp32."""
+    model, config = bench.engine.model, bench.build_config.train
+    with attached(model, start, True, True) as modules, packed(model):
         factors = [factor for module in modules.values() for factor in (module.A, module.B)]
         rate, decay = bench.config.ttt.rate, config.weight_decay
         optimizer = torch.optim.AdamW(factors, lr=rate, weight_decay=decay, fused=True)
-        with packed(engine.model):
-            for passage in passages:
-                step_once(engine.model, [passage], factors, optimizer, config.clip)
-            seconds = time.perf_counter() - begun
-            return float(token_nll(engine.model, [scored])[0].double().sum()), seconds
+        for passage in passages:
+            step_once(model, [passage], factors, optimizer, config.clip)
+        return {name: LowRank(it.A.detach(), it.B.detach(), start[name].c) for name, it in modules.items()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from localmoe.models import packed, target_linears
 from localmoe.packing import Passage
 from localmoe.train.course import DivergedError, Progress, Trained, batches_of, schedule, trained
 from localmoe.train.places import Places
-from localmoe.train.together import batch_of, captured, free
+from localmoe.train.together import batch_of, captured, free, on_device
 
 SAVE_EVERY = 300.0
 """Seconds between two states that an interrupted training goes on from, at least, ..."""
@@ -94,8 +94,7 @@ def train_jointly(
     if kept is not None:
         course.restore(kept)
     clock = _Clock()
-    here = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
-    with here, packed(model), course.room.attached():
+    with on_device(model), packed(model), course.room.attached():
         while not course.done:
             seen = course.step()
             if progress is not None:

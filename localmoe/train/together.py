@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from localmoe.config import TrainConfig
+from localmoe.lora import Adapter
 from localmoe.models import packed
 from localmoe.packing import Passage
 from localmoe.train.course import DivergedError, Job, Progress, Trained, batches_of, schedule, trained
@@ -87,8 +89,7 @@ def train_together(
     room = Places(model, jobs[0].start, min(places, len(jobs)), freeze_A)
     held: list[_Course | None] = [None] * room.count
     results: dict[int, Trained | DivergedError] = {}
-    here = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
-    with here, packed(model), room.attached():
+    with on_device(model), packed(model), room.attached():
         while True:
             for place, course in enumerate(held):
                 if course is None and waiting:
@@ -97,7 +98,8 @@ def train_together(
             if not any(held):
                 break
             batches = [[] if course is None else course.batches[len(course.losses)] for course in held]
-            losses = room.step(batch_of(batches, rows, length, model.device), _hyper(held, model.device))
+            steps = [None if it is None else (it.rate, it.job.config, len(it.losses) + 1) for it in held]
+            losses = room.step(batch_of(batches, rows, length, model.device), _hyper(steps, model.device))
             seen = 0
             for place, course in enumerate(held):
                 if course is None:
@@ -110,6 +112,34 @@ def train_together(
             if progress is not None:
                 progress(seen)
     return [results[number] for number in range(len(jobs))]
+
+
+def step_through(
+    room: Places, start: Adapter, passages: Sequence[Passage], config: TrainConfig, rate: float
+) -> Adapter:
+    """`start` after one step of AdamW at a constant rate on each passage in turn, in the first place of `room`.
+
+    The other places stay as they are. With the same `room` again the steps that it has captured are used again.
+    Raises DivergedError for factors that are not finite.
+    """
+    if not passages:
+        return start
+    room.load(0, start)
+    rest, device = room.count - 1, room.model.device
+    length = max(len(passage) for passage in passages)
+    with on_device(room.model), packed(room.model), room.attached():
+        for step, passage in enumerate(passages, 1):
+            batch = batch_of([[passage], *([[]] * rest)], 1, length, device)
+            hyper = _hyper([(rate, config, step)] + [None] * rest, device)
+            room.step(batch, hyper)
+    if not room.finite(0):
+        raise DivergedError("the factors are not finite after training")
+    return room.adapter(0, start)
+
+
+def on_device(model: Any) -> AbstractContextManager[Any]:
+    """A model's GPU as the one that steps are captured on; of one on a CPU nothing."""
+    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
 
 
 def batch_of(batches: Sequence[Sequence[Passage]], rows: int, length: int, device: torch.device) -> Batch:
@@ -130,12 +160,11 @@ def batch_of(batches: Sequence[Sequence[Passage]], rows: int, length: int, devic
     return Batch(*(_sent(values, device) for values in flat))
 
 
-def _hyper(held: Sequence[_Course | None], device: torch.device) -> Hyper:
-    rates = [0.0 if course is None else course.rate for course in held]
-    decays = [0.0 if course is None else course.job.config.weight_decay for course in held]
-    clips = [1.0 if course is None else course.job.config.clip for course in held]
-    steps = [1 if course is None else len(course.losses) + 1 for course in held]
-    corrections = ([1 - beta**step for step in steps] for beta in BETAS)
+def _hyper(steps: Sequence[tuple[float, TrainConfig, int] | None], device: torch.device) -> Hyper:
+    """What every place goes by: rate, settings and the number of the step, from 1 on; none = it stays as it is."""
+    told = [(0.0, 0.0, 1.0, 1) if one is None else (one[0], one[1].weight_decay, one[1].clip, one[2]) for one in steps]
+    rates, decays, clips, numbers = zip(*told, strict=True)
+    corrections = ([1 - beta**number for number in numbers] for beta in BETAS)
     return Hyper(*(_sent(torch.tensor(values), device) for values in (rates, decays, clips, *corrections)))
 
 

@@ -30,6 +30,7 @@ from localmoe.models import target_linears
 from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
 from localmoe.train.course import DivergedError
+from localmoe.train.places import Places
 from localmoe.train.rates import WIDENED
 from localmoe.train.work import Work
 
@@ -268,6 +269,8 @@ def test_test_time_training_is_adamw_on_one_passage_after_the_other_and_leaves_n
     assert trained != untrained and seconds > 0
     again, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage)
     assert again == trained  # the optimiser and the factors were new
+    there, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage, Places(engine.model, trunk, 1))
+    assert there == pytest.approx(trained, abs=5e-2 * abs(trained - untrained))  # as on a GPU; factors rounded to bf16
     assert tiny.checksum(engine.model) == before
     assert all(torch.equal(update.A, kept[n][0]) and torch.equal(update.B, kept[n][1]) for n, update in trunk.items())
 
@@ -308,15 +311,17 @@ def test_other_documents_train_no_other_baseline(
 def test_the_same_call_again_runs_no_method_and_more_can_be_added(
     engine: Engine, folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(_bench: Bench) -> None:
-        raise AssertionError("a finished method ran again")
+    def never(*_given: object) -> None:
+        raise AssertionError("what was finished ran again")
 
     for name in methods:
         monkeypatch.setitem(methods._functions, name, never)
+    monkeypatch.setattr(evaluation, "duplicates_of_train", never)
     fewer = evaluate(engine, folder, replace(CONFIG, methods=("base", "merged")), lambda *progress: None)
     assert [method.nll for method in fewer.methods] == [
         method.nll for method in results.methods if method.name in ("base", "merged")
     ]
+    assert fewer.checks[0] == results.checks[0]
 
 
 def test_a_leak_fails_the_evaluation(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,21 @@ import dataclasses
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
 from localmoe.config import TrainConfig
 from localmoe.errors import UsageError
-from localmoe.models import target_linears
+from localmoe.lora import Adapter, attached
+from localmoe.models import packed, target_linears
+from localmoe.packing import Passage
 from localmoe.train import together
 from localmoe.train.course import DivergedError, Job, Trained
-from localmoe.train.together import train_together
-from localmoe.train.training import fresh_adapter, train
+from localmoe.train.places import Places
+from localmoe.train.together import step_through, train_together
+from localmoe.train.training import fresh_adapter, step_once, train
 
 CONFIG = TrainConfig(rank=3, batch=2, learning_rate=1e-2)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def _alone(model: object, job: Job, freeze_A: bool = False) -> Trained:
@@ -89,7 +94,7 @@ def test_adapters_of_another_scale_are_refused() -> None:
         train_together(model, [jobs[0], dataclasses.replace(jobs[1], start=other)], 2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("places", [1, 3])
 def test_captured_steps_of_a_gpu_are_those_of_a_cpu(places: int) -> None:
     model = tiny.base("llama")
@@ -103,6 +108,40 @@ def test_captured_steps_of_a_gpu_are_those_of_a_cpu(places: int) -> None:
         for module, update in alone.adapter.items():
             mine_B, B = mine.adapter[module].B.cpu().float(), update.B.cpu().float()
             torch.testing.assert_close(mine_B, B, rtol=5e-2, atol=1e-2)
+
+
+def _one_by_one(
+    model: object, start: Adapter, passages: list[Passage], rate: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B after a step of torch's AdamW on each passage in turn."""
+    with attached(model, start, True, True) as modules, packed(model):
+        factors = [factor for module in modules.values() for factor in (module.A, module.B)]
+        optimizer = torch.optim.AdamW(factors, lr=rate, weight_decay=CONFIG.weight_decay)
+        for passage in passages:
+            step_once(model, [passage], factors, optimizer, CONFIG.clip)
+        return {name: (module.A.detach().cpu(), module.B.detach().cpu()) for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_steps_in_turn_are_those_of_adamw_and_each_start_is_new(device: str) -> None:
+    model = tiny.base("llama")
+    start, passages = tiny.random_adapter(model), tiny.passages(20, 12, 7, 16, 9, 20, 13)
+    expected = _one_by_one(model, start, passages, 1e-2)
+    model.to(device)
+    room = Places(model, start, 2)
+    modules = target_linears(model)
+    first = step_through(room, start, passages, CONFIG, 1e-2)
+    for again in (first, step_through(room, start, passages, CONFIG, 1e-2)):
+        for name, (A, B) in expected.items():
+            torch.testing.assert_close(again[name].A.float(), A, rtol=5e-2, atol=5e-3)
+            torch.testing.assert_close(again[name].B.float(), B, rtol=5e-2, atol=5e-3)
+            assert torch.equal(again[name].B, first[name].B)
+    other = step_through(room, start, passages[::-1], CONFIG, 1e-2)
+    assert any(not torch.equal(other[name].B, first[name].B) for name in expected)
+    assert step_through(room, start, [], CONFIG, 1e-2) is start
+    assert target_linears(model) == modules
+    with pytest.raises(DivergedError):
+        step_through(room, start, passages, dataclasses.replace(CONFIG, clip=1e30), 1e30)
 
 
 def test_a_last_step_that_diverges_is_noticed() -> None:
