@@ -256,6 +256,10 @@ class TTTConfig:
     """Train documents nearest to the prefix, from the most similar on, one step each."""
     rate: Annotated[float, Field(gt=0)] = 5e-4
     """Learning rate."""
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Rates that are tried on tune documents, as multiples of `rate`; a best one at the edge widens the search."""
+    tune_documents: Positive = 8
+    """Tune documents that each of `rates` is tried on, at most."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -22,7 +22,7 @@ from localmoe.evaluate.bench import Bench, NotPossibleError, methods
 from localmoe.evaluate.evaluation import LeakError, evaluate
 from localmoe.evaluate.gaps import GAPS, closed_gap
 from localmoe.evaluate.merged import by_router, ensemble_nll, exchanged
-from localmoe.evaluate.protocol import Cut, trials_of
+from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import Results, read_results
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.ttt import train_and_score
@@ -43,6 +43,7 @@ CONFIG = EvalConfig(
     fine_tune=FineTuneConfig(rates=(1.0, 2.0), full_rates=(1e-3, 3e-3), tune_tokens=200),
 )
 RANK = 4  # of `tiny.tiny_config`
+RATE = TTTConfig().rate
 
 
 @pytest.fixture(scope="module")
@@ -262,17 +263,42 @@ def test_test_time_training_is_adamw_on_one_passage_after_the_other_and_leaves_n
     before = tiny.checksum(engine.model)
     kept = {name: (update.A.clone(), update.B.clone()) for name, update in trunk.items()}
     passages = bench.train_passages(nearest_documents(bench, bench.trials[0], 3), most=1)
-    untrained, _ = train_and_score(bench, [], trunk, bench.trials[0].passage)
-    trained, seconds = train_and_score(bench, passages, trunk, bench.trials[0].passage)
+    untrained, _ = train_and_score(bench, [], trunk, bench.trials[0].passage, RATE)
+    trained, seconds = train_and_score(bench, passages, trunk, bench.trials[0].passage, RATE)
     alone = replace(Mix((), (), "linear", "", None))
     assert untrained != pytest.approx(float(engine.token_nll(bench.trials[0].passage, alone).sum()))  # it is the trunk
     assert trained != untrained and seconds > 0
-    again, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage)
+    again, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage, RATE)
     assert again == trained  # the optimiser and the factors were new
-    there, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage, Places(engine.model, trunk, 1))
+    room = Places(engine.model, trunk, 1)
+    there, _ = train_and_score(bench, passages, trunk, bench.trials[0].passage, RATE, room)
     assert there == pytest.approx(trained, abs=5e-2 * abs(trained - untrained))  # as on a GPU; factors rounded to bf16
     assert tiny.checksum(engine.model) == before
     assert all(torch.equal(update.A, kept[n][0]) and torch.equal(update.B, kept[n][1]) for n, update in trunk.items())
+
+
+def test_the_rate_of_test_time_training_is_the_best_on_tune_documents(bench: Bench, tmp_path: Path) -> None:
+    asked = TTTConfig(documents=1, neighbours=3, rate=1e-3, rates=(1.0, 4.0), tune_documents=2)
+    own = replace(bench, config=replace(CONFIG, ttt=asked), work=Work(tmp_path, "key"))
+    trunk = bench.engine.bank.trunk()
+    assert trunk is not None
+
+    def taught(trial: Trial, rate: float) -> float:
+        passages = own.train_passages(nearest_documents(own, trial, 3), most=1)
+        return train_and_score(own, passages, trunk, trial.passage, rate)[0]
+
+    scores = methods["ttt-trunk"](own)
+    tokens = sum(trial.passage.predicted for trial in own.tune[:2])
+    tried = {one["rate"]: one["nll"] for one in scores.detail["tried"]}
+    assert {1e-3, 4e-3} < set(tried)
+    for rate, nll in tried.items():
+        assert nll == pytest.approx(sum(taught(trial, rate) for trial in own.tune[:2]) / tokens)
+    best = min(tried, key=tried.__getitem__)
+    assert min(tried) < best < max(tried) or len(tried) == 2 + WIDENED
+    assert scores.nll == pytest.approx([taught(own.trials[0], best)])
+    assert f"at {best:g}, the best of {len(tried)} on 2 tune documents" in scores.note
+    alone = methods["ttt-trunk"](replace(own, config=CONFIG, work=Work(tmp_path, "other")))
+    assert f"at {RATE:g}, not tuned" in alone.note and alone.detail["tried"] == []
 
 
 def test_neighbours_are_train_documents_by_similarity_without_twins_of_the_trial(bench: Bench) -> None:
