@@ -73,6 +73,7 @@ def evaluate(engine: Engine, folder: Path, config: EvalConfig, watch: Watch, com
     begun = time.perf_counter()
     wanted = [(name, methods[name]) for name in config.methods]
     cut = _cut(engine, config)
+    engine.check_packing()
     without, note = _duplicates(engine, folder, config.near_duplicate, cut.length)
     checks = [Check("no test document stands in train", True, note)]
     everything = trials_of(engine, "test", cut, without=without)

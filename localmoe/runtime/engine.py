@@ -19,7 +19,7 @@ from localmoe.config import ExecutionConfig, GenerateConfig, RouteConfig, as_dic
 from localmoe.encoders import Encoder
 from localmoe.errors import BankError, PromptError, UsageError
 from localmoe.identity import Fingerprint, fingerprint, recall, remember
-from localmoe.models import context_length, load_model, load_tokenizer, packed
+from localmoe.models import check_packing, context_length, load_model, load_tokenizer, packed
 from localmoe.packing import Passage, token_nll
 from localmoe.quantisation import quantise
 from localmoe.routing import Mix
@@ -201,8 +201,15 @@ class Engine:
 
     def token_nll(self, passage: Passage, mix: Mix) -> torch.Tensor:
         """Negative log-likelihood (nats) of every labelled token [m] under the model merged by `mix`."""
+        self.check_packing()
         with self.merged(mix), packed(self.model):
             return token_nll(self.model, [passage])[0]
+
+    def check_packing(self) -> None:
+        """`models.check_packing` of the base by itself, once: beside an adapter random tokens are less likely, and what
+        rounding does to their losses is larger."""
+        with self.turn():
+            check_packing(self.model)
 
     @contextmanager
     def merged(self, mix: Mix, way: Way | None = None) -> Iterator[tuple[float, float]]:

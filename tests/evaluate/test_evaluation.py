@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from localmoe.evaluate.protocol import Cut, Trial, trials_of
 from localmoe.evaluate.results import Results, read_results
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.ttt import train_and_score
+from localmoe.lora import LowRankLinear
 from localmoe.models import target_linears
 from localmoe.routing import Mix, mean_similarities, similarities
 from localmoe.runtime.engine import Engine
@@ -348,6 +350,27 @@ def test_the_same_call_again_runs_no_method_and_more_can_be_added(
         method.nll for method in results.methods if method.name in ("base", "merged")
     ]
     assert fewer.checks[0] == results.checks[0]
+
+
+def test_the_base_is_checked_by_itself_whatever_comes_first(
+    engine: Engine, folder: Path, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def check(model: torch.nn.Module) -> None:
+        seen.append(not any(isinstance(module, LowRankLinear) for module in model.modules()))
+
+    monkeypatch.setattr("localmoe.models.check_packing", check)
+    monkeypatch.setattr("localmoe.runtime.engine.check_packing", check)
+    shutil.copytree(folder / "experts", tmp_path / "experts")
+    for file in folder.glob("work/*/fine-tuned.json"):
+        (tmp_path / "work" / file.parent.name).mkdir(parents=True)
+        shutil.copy(file, tmp_path / "work" / file.parent.name)
+    evaluate(engine, tmp_path, replace(CONFIG, methods=("fine-tuned",)), lambda *progress: None)
+    assert seen[0]
+    seen.clear()
+    engine.score("the sea", "and the sky", Mix((), (), "linear", "", None))
+    assert seen[0]
 
 
 def test_a_leak_fails_the_evaluation(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

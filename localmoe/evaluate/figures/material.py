@@ -48,7 +48,9 @@ class Source:
     @cached_property
     def engine(self) -> Engine:
         """The bank with its models."""
-        return self._open()
+        engine = self._open()
+        engine.check_packing()
+        return engine
 
     @cached_property
     def base(self) -> str:
