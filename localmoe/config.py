@@ -244,6 +244,9 @@ class FineTuneConfig:
     """Rates that are tried for all weights (method fine-tuned-full); a best one at the edge widens the search."""
     tune_tokens: Positive = 200_000
     """Tokens that each trial trains on, at most."""
+    finalists: Positive = 1
+    """Settings that are trained in full: the best, then the best of lower rates, since long trainings want lower ones
+    than short trials do; tune documents choose among them."""
 
 
 @dataclass(frozen=True, config=_STRICT)

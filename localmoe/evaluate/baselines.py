@@ -55,8 +55,10 @@ def trunk(bench: Bench) -> Scores:
 def fine_tuned(bench: Bench) -> Scores:
     """One adapter on all train documents, as many tokens as trunk and experts together, its settings tuned on tune."""
     adapter, found = fine_tuned_adapter(bench)
-    best = found.setting
-    note = f"{best.text}, of {len(found.tried)} settings tried on {len(bench.tune)} tune documents"
+    best, settings = found.setting, len({trial.setting for trial in found.tried})
+    full = len(found.tried) - settings
+    note = f"{best.text}, of {settings} settings tried on {len(bench.tune)} tune documents"
+    note += f", {full} of them in full" if full else ""
     scores = _alone(bench, adapter, found.tokens, "fine-tuned")
     results = [{"tokens": trial.tokens, "perplexity": trial.perplexity} for trial in found.tried]
     tried = [as_dict(trial.setting) | result for trial, result in zip(found.tried, results, strict=True)]
@@ -114,37 +116,69 @@ def training_seconds(bench: Bench) -> float:
     return float(bench.training.read_json(_RECORD)["seconds"]) if bench.training.has(_RECORD) else 0.0
 
 
+@dataclass(frozen=True)
+class Finalist:
+    """A setting trained in full, and the perplexity on the tune documents that it leads to."""
+
+    adapter: AdapterRecord
+    trial: Tried
+
+
 def _fine_tune(bench: Bench, folder: Path) -> FineTuned:
     budget, passages = bench.bank_tokens, bench.train_passages()
     tried = _tune(bench, passages, min(budget, bench.config.fine_tune.tune_tokens))
+    finalists = _finals(bench, passages, tried, budget, folder)
+    best = min(finalists, key=lambda one: one.trial.perplexity)
+    full = [one.trial for one in finalists] if len(finalists) > 1 else []
+    seconds = sum(trial.seconds for trial in (*tried, *(one.trial for one in finalists)))
+    return FineTuned(best.adapter, best.trial.setting, best.trial.tokens, seconds, (*tried, *full))
+
+
+def _finals(
+    bench: Bench, passages: Sequence[Passage], tried: Sequence[Tried], budget: int, folder: Path
+) -> list[Finalist]:
+    """The best settings trained on the whole budget, each at a lower rate than those before it.
+
+    One that diverges at full length makes way for the next best.
+    """
+    finalists: list[Finalist] = []
+    finite = [trial for trial in tried if math.isfinite(trial.perplexity)]
+    for attempt, trial in enumerate(sorted(finite, key=lambda trial: trial.perplexity), 1):
+        if any(trial.setting.rate >= one.trial.setting.rate for one in finalists):
+            continue
+        name = f"full-{trial.setting.rate:.6g}-{trial.setting.rank}-{trial.setting.batch}.json"
+        try:
+            if not bench.training.has(name):
+                bench.training.write_json(
+                    name, as_dict(_final(bench, passages, trial.setting, budget, folder, attempt))
+                )
+        except DivergedError:
+            continue
+        finalists.append(TypeAdapter(Finalist).validate_python(bench.training.read_json(name)))
+        if len(finalists) == bench.config.fine_tune.finalists:
+            break
+    if not finalists:
+        raise NotPossibleError(
+            "fine-tuning diverged at every rate", "try lower ones: --set 'fine_tune.rates=[0.1,0.3]'"
+        )
+    return finalists
+
+
+def _final(
+    bench: Bench, passages: Sequence[Passage], setting: Setting, budget: int, folder: Path, attempt: int
+) -> Finalist:
     started = time.perf_counter()
-    trained, setting, attempts = _trained(bench, passages, tried, budget)
+    trained = _train(bench, passages, setting, budget, "fine-tuned")
     record = write_adapter(
         folder,
         FINE_TUNED,
         trained.adapter,
         bench.engine.bank.manifest.base.id,
         needs_transpose(bench.engine.model),
-        Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, setting.rate, attempts),
+        Training(trained.tokens, trained.steps, trained.first_loss, trained.last_loss, setting.rate, attempt),
     )
-    seconds = time.perf_counter() - started + sum(trial.seconds for trial in tried)
-    return FineTuned(record, setting, trained.tokens, seconds, tuple(tried))
-
-
-def _trained(
-    bench: Bench, passages: Sequence[Passage], tried: Sequence[Tried], budget: int
-) -> tuple[Trained, Setting, int]:
-    """The training of the whole budget at the best setting; at the next best one where it diverges at full length.
-
-    Returns the setting and how many were begun too.
-    """
-    finite = [trial for trial in tried if math.isfinite(trial.perplexity)]
-    for attempt, trial in enumerate(sorted(finite, key=lambda trial: trial.perplexity), 1):
-        try:
-            return _train(bench, passages, trial.setting, budget, "fine-tuned"), trial.setting, attempt
-        except DivergedError:
-            continue
-    raise NotPossibleError("fine-tuning diverged at every rate", "try lower ones: --set 'fine_tune.rates=[0.1,0.3]'")
+    found = _on_tune(bench, trained.adapter)
+    return Finalist(record, Tried(setting, trained.tokens, found, time.perf_counter() - started))
 
 
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:
@@ -192,11 +226,20 @@ def _tried(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: 
     started = time.perf_counter()
     try:
         trained = _train(bench, passages, setting, tokens, setting.text)
-        nll = score_alone(bench.engine, bench.tune, trained.adapter, lambda _done: None)
-        found = perplexity(nll, [trial.passage.predicted for trial in bench.tune])
-    except (DivergedError, OverflowError):  # exp of hundreds of nats a token
+    except DivergedError:
         return Tried(setting, tokens, math.inf, time.perf_counter() - started)
-    return Tried(setting, trained.tokens, math.inf if math.isnan(found) else found, time.perf_counter() - started)
+    found = _on_tune(bench, trained.adapter)
+    return Tried(setting, trained.tokens if math.isfinite(found) else tokens, found, time.perf_counter() - started)
+
+
+def _on_tune(bench: Bench, adapter: Adapter) -> float:
+    """The perplexity of the tune documents with an adapter; infinite where it is no number."""
+    nll = score_alone(bench.engine, bench.tune, adapter, lambda _done: None)
+    try:
+        found = perplexity(nll, [trial.passage.predicted for trial in bench.tune])
+    except OverflowError:  # exp of hundreds of nats a token
+        return math.inf
+    return math.inf if math.isnan(found) else found
 
 
 def _train(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int, title: str) -> Trained:

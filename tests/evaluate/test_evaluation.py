@@ -23,9 +23,9 @@ from localmoe.evaluate.bench import Bench, NotPossibleError, methods
 from localmoe.evaluate.evaluation import LeakError, evaluate
 from localmoe.evaluate.gaps import GAPS, closed_gap
 from localmoe.evaluate.merged import by_router, ensemble_nll, exchanged
-from localmoe.evaluate.protocol import Cut, Trial, trials_of
+from localmoe.evaluate.protocol import Cut, Trial, score_alone, trials_of
 from localmoe.evaluate.results import Results, read_results
-from localmoe.evaluate.statistics import compare
+from localmoe.evaluate.statistics import compare, perplexity
 from localmoe.evaluate.ttt import train_and_score
 from localmoe.lora import LowRankLinear
 from localmoe.models import target_linears
@@ -451,6 +451,24 @@ def test_a_setting_that_diverges_at_full_length_makes_way_for_the_next_best(
     order = sorted(found.tried, key=lambda trial: trial.perplexity)
     assert full == [trial.setting for trial in order[:2]]
     assert found.setting == full[1] and found.adapter.training is not None and found.adapter.training.attempts == 2
+
+
+def test_finalists_of_falling_rates_are_trained_in_full_and_tune_documents_choose(bench: Bench, tmp_path: Path) -> None:
+    asked = replace(CONFIG, fine_tune=replace(CONFIG.fine_tune, finalists=2))
+    own = replace(bench, config=asked, training=Work(tmp_path, "key"))
+    scores = baselines.fine_tuned(own)
+    adapter, found = fine_tuned_adapter(own)
+    *trials, first, second = found.tried
+    by_promise = sorted(trials, key=lambda trial: trial.perplexity)
+    lower = [trial for trial in by_promise if trial.setting.rate < by_promise[0].setting.rate]
+    assert (first.setting, second.setting) == (by_promise[0].setting, lower[0].setting)
+    assert first.tokens >= bench.bank_tokens and second.tokens >= bench.bank_tokens
+    best = min(first, second, key=lambda trial: trial.perplexity)
+    assert found.setting == best.setting and found.tokens == best.tokens
+    nll = score_alone(bench.engine, bench.tune, adapter, lambda _done: None)
+    assert perplexity(nll, [trial.passage.predicted for trial in bench.tune]) == pytest.approx(best.perplexity)
+    assert f"{best.setting.text}, of {len(trials)} settings tried" in scores.note and "2 of them in full" in scores.note
+    assert found.seconds >= sum(trial.seconds for trial in found.tried)
 
 
 def test_without_a_trunk_the_baseline_starts_from_the_rate_that_was_found_for_the_experts(
