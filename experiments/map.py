@@ -93,7 +93,7 @@ def draw(points: list[Point], target: Path) -> None:
             color=COLOURS[one.sign],
         )
     axes.set(xscale="log", ylim=(0, None), xlabel="train tokens for every parameter of an adapter: how full it gets")
-    axes.set(ylabel="variance between 16 clusters: how unlike documents are", xlim=(0.02, 200))
+    axes.set(ylabel="variance between 16 clusters: how unlike documents are", xlim=(min(one.tokens_per_parameter for one in points) / 4, 200))
     axes.spines[["top", "right"]].set_visible(False)
     note = "hollow: the fine-tune's rank was not tuned"
     axes.text(0.01, 0.02, note, transform=axes.transAxes, fontsize=8)

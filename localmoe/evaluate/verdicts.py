@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from localmoe.evaluate.results import ComparisonRow, MethodResult, Results, in_common
-from localmoe.evaluate.statistics import compare, outcome
+from localmoe.evaluate.statistics import Comparison, compare, outcome
 from localmoe.quantities import duration_text, interval_text, percent, percent_digits
 
 CONTROL = "null"
@@ -62,10 +62,14 @@ def in_words(
 
 
 def verdict(row: ComparisonRow, results: Results) -> str:
-    """One comparison of an evaluation in words, with what its method adds to a prompt."""
+    """One comparison of an evaluation in words, with what its method adds to a prompt.
+
+    Where the shipped default beats the fine-tune and shuffled centroids do as well as it, that is said in the same
+    breath.
+    """
     method, baseline = results.method(row.method), results.method(row.baseline)
     added = None if method is None or "added" not in method.seconds else method.seconds["added"].p50
-    return in_words(
+    said = in_words(
         row.method if method is None else noun(method),
         row.baseline if baseline is None else noun(baseline),
         row.gain,
@@ -73,15 +77,26 @@ def verdict(row: ComparisonRow, results: Results) -> str:
         row.documents,
         added,
     )
+    control = _control(results) if row.default and row.baseline == "fine-tuned" and row.interval[0] > 0 else None
+    if control is None or control.high < 0:
+        return said
+    return f"{said}, which is training and not routing: shuffled experts do as well"
 
 
-def control_sentence(results: Results) -> str | None:
-    """Whether shuffled centroids lose to the shipped default, as they must if routing matters; None if not scored."""
+def _control(results: Results) -> Comparison | None:
+    """Shuffled centroids against the shipped default; None if either was not scored."""
     null, default = results.method(CONTROL), results.default
     if null is None or default is None:
         return None
     places, (shuffled, ours) = in_common([null, default])
-    found = compare(shuffled, ours, [results.tokens[place] for place in places], results.seed)
+    return compare(shuffled, ours, [results.tokens[place] for place in places], results.seed)
+
+
+def control_sentence(results: Results) -> str | None:
+    """Whether shuffled centroids lose to the shipped default, as they must if routing matters; None if not scored."""
+    found, default = _control(results), results.default
+    if found is None or default is None:
+        return None
     interval = interval_text(found.gain, found.low, found.high)
     if found.high < 0:
         loses = f"the control loses as it must: shuffled centroids are {interval} against {noun(default)}"

@@ -6,7 +6,7 @@ import made_results
 import numpy as np
 import pytest
 
-from localmoe.evaluate.results import Results
+from localmoe.evaluate.results import ComparisonRow, Results
 from localmoe.evaluate.statistics import compare
 from localmoe.evaluate.verdicts import control_sentence, in_words, noun, rank_sentence, smallest_effect, verdict
 
@@ -70,6 +70,19 @@ def test_the_control_is_said_to_lose_only_if_it_does(worse: float, begins: str, 
     said = control_sentence(replace(results, methods=(merged, null)))
     assert said is not None and said.startswith(begins)
     assert control_sentence(replace(results, methods=(merged,))) is None
+
+
+@pytest.mark.parametrize(("worse", "gain", "said"), [(0.5, 0.02, False), (0.0, 0.02, True), (0.0, -0.02, False)])
+def test_a_win_that_shuffled_experts_have_too_is_said_to_be_none_of_routing(
+    worse: float, gain: float, said: bool, results: Results
+) -> None:
+    merged = results.method("merged")
+    assert merged is not None
+    null = replace(merged, name="null", default=False, nll=tuple(nll + worse for nll in merged.nll))
+    row = ComparisonRow("merged", "fine-tuned", True, gain, (gain - 0.01, gain + 0.01), 40, "")
+    told = verdict(row, replace(results, methods=(merged, null)))
+    assert told.endswith("which is training and not routing: shuffled experts do as well") is said
+    assert "not routing" not in verdict(replace(row, default=False), replace(results, methods=(merged, null)))
 
 
 @pytest.mark.parametrize(("rank", "said"), [(16, False), (64, True)])
