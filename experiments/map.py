@@ -18,7 +18,7 @@ from localmoe.train.plan import SCARCE, UNLIKE
 
 TUNED = 3
 """Ranks that a fine-tune was tried at from which its rank counts as tuned."""
-CLOSE = 4.0
+CLOSE = 6.0
 """Ratio of two points' tokens a parameter below which their labels would overlap."""
 COLOURS = {1: "#1b7f5c", 0: "#8a8f98", -1: "#c0392b"}
 
@@ -77,23 +77,25 @@ def draw(points: list[Point], target: Path) -> None:
         face = COLOURS[one.sign] if one.ranks >= TUNED else "white"
         where = (one.tokens_per_parameter, one.explained)
         axes.scatter(*where, s=70, facecolor=face, edgecolor=COLOURS[one.sign], linewidth=1.8, zorder=3)
-        left = any(
-            1 < other.tokens_per_parameter / one.tokens_per_parameter < CLOSE
-            and abs(other.explained - one.explained) < 0.03
-            for other in points
-        )
+        near = [other for other in points if abs(other.explained - one.explained) < 0.03]
+        right = any(1 < other.tokens_per_parameter / one.tokens_per_parameter < CLOSE for other in near)
+        left = any(1 < one.tokens_per_parameter / other.tokens_per_parameter < CLOSE for other in near)
+        apart, to, height = ((0, 8), "center", "bottom") if left and right else ((-7, 0), "right", "center")
         axes.annotate(
             f"{one.name}\n{one.interval}",
             where,
-            xytext=(-7 if left else 7, 0),
+            xytext=apart if right else (7, 0),
             textcoords="offset points",
-            ha="right" if left else "left",
+            ha=to if right else "left",
+            va=height if right else "center",
             fontsize=7.5,
-            va="center",
             color=COLOURS[one.sign],
         )
     axes.set(xscale="log", ylim=(0, None), xlabel="train tokens for every parameter of an adapter: how full it gets")
-    axes.set(ylabel="variance between 16 clusters: how unlike documents are", xlim=(min(one.tokens_per_parameter for one in points) / 4, 200))
+    axes.set(
+        ylabel="variance between 16 clusters: how unlike documents are",
+        xlim=(min(one.tokens_per_parameter for one in points) / 4, 200),
+    )
     axes.spines[["top", "right"]].set_visible(False)
     note = "hollow: the fine-tune's rank was not tuned"
     axes.text(0.01, 0.02, note, transform=axes.transAxes, fontsize=8)
