@@ -64,7 +64,7 @@ def in_words(
 def verdict(row: ComparisonRow, results: Results) -> str:
     """One comparison of an evaluation in words, with what its method adds to a prompt.
 
-    Where the shipped default beats the fine-tune and shuffled centroids do as well as it, that is said in the same
+    Where the shipped default beats the fine-tune and shuffled centroids do not lose to it, that is said in the same
     breath.
     """
     method, baseline = results.method(row.method), results.method(row.baseline)
@@ -80,7 +80,7 @@ def verdict(row: ComparisonRow, results: Results) -> str:
     control = _control(results) if row.default and row.baseline == "fine-tuned" and row.interval[0] > 0 else None
     if control is None or control.high < 0:
         return said
-    return f"{said}, which is training and not routing: shuffled experts do as well"
+    return f"{said}, but shuffled experts are not shown to be worse: none of it is shown to be routing"
 
 
 def _control(results: Results) -> Comparison | None:
