@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("evaluation", type=Path)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, help="the fine-tune, where the evaluation trained several in full")
     parser.add_argument("--base")
     parser.add_argument("--encoder")
     parser.add_argument("--skip", type=int, default=0)
@@ -54,12 +55,14 @@ def main() -> None:
     asked = parser.parse_args()
     corpus = read_results(asked.evaluation).corpus
     cut = Cut(corpus["query_tokens"], corpus["prefix_tokens"], corpus["length_tokens"])
-    (folder,) = (asked.evaluation / "experts").glob("fine-tuned-*")
+    folders = sorted((asked.evaluation / "experts").glob("fine-tuned-*")) if asked.adapter is None else [asked.adapter]
+    if len(folders) != 1:
+        parser.error(f"{asked.evaluation} holds {len(folders)} fine-tunes: choose one with --adapter FOLDER")
     engine = localmoe.open(asked.bank, base=asked.base, encoder=asked.encoder)
     trials = unread(engine, asked.corpus, cut, asked.skip, asked.documents)
     scores = {
         "tokens": [trial.passage.predicted for trial in trials],
-        "fine-tuned": score_alone(engine, trials, read_adapter(folder)[0], lambda _done: None),
+        "fine-tuned": score_alone(engine, trials, read_adapter(folders[0])[0], lambda _done: None),
         "merged": score_merged(engine, trials, lambda _done: None)[0],
     }
     gain = compare(scores["merged"], scores["fine-tuned"], scores["tokens"])

@@ -28,6 +28,7 @@ mixed_corpus() { # five kinds of text, of which the laboratory model has seen no
 
 small=(--base "$work/laboratory/model" --encoder static --set threads=1 --min-tokens 4000 --set train.batch=4
     --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.15)
+low=(--rank 16 --set train.alpha=16) # the defaults before 64
 methods=base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform,ttt-trunk,ensemble
 tuned=(--documents 300 --methods $methods --set 'fine_tune.batches=[]'
     --set ttt.documents=40 --set ttt.neighbours=100 --set ttt.rate=3e-3)
@@ -39,14 +40,15 @@ for part in $parts; do
         "$bin/python" experiments/laboratory.py "$articles" "$work/laboratory" ;;
     mixed)
         mixed_corpus
-        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
+        measure mixed "$work/mixed.jsonl" 50 256 "${small[@]}" "${low[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
             "${tuned[@]}" --set fine_tune.tune_tokens=300000 ;;
     mixed-rank-512)
         mixed_corpus
         measure mixed-rank-512 "$work/mixed.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.5e-3 \
             --rank 512 --set train.alpha=512 -- "${tuned[@]}" --set fine_tune.tune_tokens=200000 ;;
     python-laboratory)
-        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" --sample-tokens 1000000 --clusters 32 --learning-rate 1.2e-2 -- \
+        measure python-laboratory "$work/python.jsonl" 100 256 "${small[@]}" "${low[@]}" --sample-tokens 1000000 --clusters 32 \
+            --learning-rate 1.2e-2 -- \
             "${tuned[@]}" --set fine_tune.tune_tokens=300000 ;;
     wikipedia-laboratory)
         measure wikipedia-laboratory "$work/laboratory/corpus.jsonl" 50 256 "${small[@]}" --sample-tokens 1000000 --clusters 64 \
@@ -57,11 +59,11 @@ for part in $parts; do
     mixed-smollm2)
         mixed_corpus
         measure mixed-smollm2 "$work/mixed.jsonl" 50 256 --base $base --sample-tokens 150000 --clusters 16 --min-tokens 4000 \
-            --rank 64 --set train.alpha=64 --learning-rate 1e-3 --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 -- --documents 250 \
+            --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.2 --set threads=1 -- --documents 250 \
             --set fine_tune.tune_tokens=25000 --set 'fine_tune.batches=[]' --methods base,trunk,merged,fine-tuned,null,merged-1,merged-3,uniform ;;
     python | python-rank-16)
-        settings=() asked=$methods
-        [ "$part" = python-rank-16 ] || { settings=(--rank 64 --set train.alpha=64 --learning-rate 1e-3) asked=base,trunk,merged,fine-tuned,null; }
+        settings=("${low[@]}" --learning-rate 2e-3) asked=$methods
+        [ "$part" = python-rank-16 ] || { settings=() asked=base,trunk,merged,fine-tuned,null; }
         measure "$part" "$work/python.jsonl" 100 256 --base $base "${settings[@]}" --sample-tokens 500000 --clusters 24 --min-tokens 8000 \
             --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1 -- --documents 300 \
             --set fine_tune.tune_tokens=50000 --set 'fine_tune.batches=[]' --set fine_tune.finalists=2 --methods "$asked" ;;
@@ -80,13 +82,13 @@ for part in $parts; do
             "$bin/localmoe" build "$work/laboratory/corpus.jsonl" "$work/wikipedia-$clusters-$encoder-bank" --max-passage 256 \
                 --set corpus.passages_per_document=1 --base "$work/laboratory/model" --encoder "$encoder" --clusters "$clusters" \
                 --sample-tokens 250000 --min-tokens 4000 --set corpus.tune_fraction=0.08 --set corpus.test_fraction=0.3 \
-                --learning-rate 6e-3 --set train.batch=4 --set train.expert_rate=1 --set threads=1
+                "${low[@]}" --learning-rate 6e-3 --set train.batch=4 --set train.expert_rate=1 --set threads=1
         done
         few=("$work/wikipedia-16-static-bank" -o results/wikipedia-laboratory-250k --prefix 50 --length 256 --documents 300)
         "$bin/localmoe" eval "${few[@]}" --figure 1-right --with "$work/wikipedia-8-static-bank" --with "$work/wikipedia-32-static-bank"
         "$bin/localmoe" eval "${few[@]}" --figure encoders --with "$work/wikipedia-16-all-MiniLM-L6-v2-bank"
         "$bin/localmoe" build "$work/python.jsonl" "$work/python-32-bank" --max-passage 256 --set corpus.passages_per_document=1 --base $base \
-            --sample-tokens 500000 --clusters 32 --min-tokens 6000 --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1
+            "${low[@]}" --learning-rate 2e-3 --sample-tokens 500000 --clusters 32 --min-tokens 6000 --set corpus.tune_fraction=0.05 --set corpus.test_fraction=0.15 --set threads=1
         "$bin/localmoe" eval "$work/python-rank-16-bank" -o results/python-rank-16 --prefix 100 --length 256 --documents 300 \
             --figure 1-right --with "$work/python-32-bank" --set 'figure.active=[3]'
         "$bin/localmoe" eval "$work/python-rank-16-bank" -o results/python-rank-16 --prefix 100 --length 256 --documents 300 \

@@ -78,11 +78,11 @@ class TrainConfig:
     recipe: Recipe = "joint"
     """'joint': a shared adapter and the experts at once, each document by the mix that it would get; 'trunk': experts
     start from a finished shared adapter; 'trunk-shared': they also share its A; 'paper': from the base."""
-    rank: Positive = 16
+    rank: Positive = 64
     """Rank r of every update."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[float, Field(gt=0)] = 64.0
     """Updates are scaled by alpha / rank."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak rate of the trunk (recipe 'paper': of the experts)."""
     expert_rate: Annotated[float, Field(gt=0)] | None = None
     """Rate of experts with a trunk or after it, as a multiple of its; none = 0.3 with it, 0.25 after it. A trunk before
@@ -236,8 +236,8 @@ class FineTuneConfig:
     rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     """Rates that are tried, as multiples of the bank's; a best one at the edge widens the search."""
     ranks: tuple[Positive, ...] | None = None
-    """Ranks that are tried beside the bank's, at the best rate, half of it, and beyond the edge; none = twice the
-    bank's, and twice that as long as it is better."""
+    """Ranks that are tried beside the bank's, at the best rate, half of it (a lower rank: twice), and beyond the edge;
+    none = twice the bank's, and twice that as long as it is better, or else half of it, and half of that."""
     batches: tuple[Positive, ...] = (1, 4)
     """Passages a step that are tried beside the bank's, at the best rate, at half of it, and beyond the edge."""
     full_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-5, 3e-5, 1e-4)

@@ -155,7 +155,7 @@ def tiny_config(base: Path | str, encoder: Path | str, **train: Any) -> BuildCon
         encoder=str(encoder),
         corpus=CorpusConfig(passage_tokens=64, tune_fraction=0.25, test_fraction=0.1),
         cluster=ClusterConfig(clusters=4, min_tokens=100),
-        train=TrainConfig(**({"recipe": "trunk", "rank": 4, "learning_rate": 1e-2, "batch": 8} | train)),
+        train=TrainConfig(**({"recipe": "trunk", "rank": 4, "alpha": 16.0, "learning_rate": 1e-2, "batch": 8} | train)),
         route=RouteConfig(active=2.0),
     )
 

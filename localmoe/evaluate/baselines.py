@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from localmoe.train.training import fresh_adapter, train
 FINE_TUNED = "experts/fine-tuned"
 _RECORD = "fine-tuned.json"
 DOUBLED = 3
-"""How often the rank of the baseline is doubled unasked, at most."""
+"""How often the rank of the baseline is doubled, or halved, unasked, at most."""
 _SPARE = 10  # neighbours beyond those asked for, in the place of near duplicates
 
 
@@ -184,8 +185,9 @@ def _final(
 def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]:
     """Every rate as the bank is trained, beyond the edge as long as the best lies there; other batches, then ranks.
 
-    Another batch or rank is tried at the best rate so far and at half of it, and from there as far as it takes; where
-    no ranks are given, twice the bank's, and twice that as long as it is better.
+    Another batch is tried at the best rate and at half of it, a higher rank at the best rate so far and half of it, a
+    lower one at twice of it, and from there as far as it takes. Where no ranks are given: twice the bank's, and twice
+    that as long as it is better; where twice is not better, half of it, and half of that, likewise.
     """
     config, bank, center = bench.config.fine_tune, bench.build_config.train, bench.learning_rate
     tried: list[Tried] = []
@@ -194,25 +196,30 @@ def _tune(bench: Bench, passages: Sequence[Passage], tokens: int) -> list[Tried]
         tried.append(_try(bench, passages, Setting(center * factor, rank, batch), tokens))
         return tried[-1].perplexity
 
+    def improves(rank: int) -> bool:
+        before = min(tried, key=lambda trial: trial.perplexity)
+        at = before.setting.rate / center
+        factors = (at / 2, at) if rank > bank.rank else (at, 2 * at)
+        found = best_of(factors, partial(measure, rank=rank, batch=before.setting.batch))
+        return min(found.values()) < before.perplexity
+
     found = best_of(config.rates, measure)
     best = min(found, key=found.__getitem__)
     for batch in config.batches:
         if batch != bank.batch:
             best_of((best / 2, best), partial(measure, batch=batch))
-    for rank in _doubled(bank.rank) if config.ranks is None else config.ranks:
-        if rank == bank.rank:
-            continue
-        before = min(tried, key=lambda trial: trial.perplexity)
-        at = before.setting.rate / center
-        found = best_of((at / 2, at), partial(measure, rank=rank, batch=before.setting.batch))
-        if config.ranks is None and not min(found.values()) < before.perplexity:
-            break
+    if config.ranks is not None:
+        for rank in config.ranks:
+            if rank != bank.rank:
+                improves(rank)
+    elif not _climb(improves, [bank.rank * 2**power for power in range(1, DOUBLED + 1)]):
+        _climb(improves, [bank.rank // 2**power for power in range(1, DOUBLED + 1) if bank.rank >= 2**power])
     return tried
 
 
-def _doubled(rank: int) -> list[int]:
-    """The ranks that are tried unasked, ascending."""
-    return [rank * 2**power for power in range(1, DOUBLED + 1)]
+def _climb(improves: Callable[[int], bool], ranks: Sequence[int]) -> bool:
+    """Try ranks for as long as each is better than all before it; whether the first one was."""
+    return bool(list(takewhile(improves, ranks)))
 
 
 def _try(bench: Bench, passages: Sequence[Passage], setting: Setting, tokens: int) -> Tried:

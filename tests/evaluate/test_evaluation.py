@@ -129,21 +129,46 @@ def test_the_fine_tuned_baseline_saw_as_many_tokens_as_trunk_and_experts_and_a_b
         assert len(rates) == asked + WIDENED or min(rates) < found_here < max(rates)  # a best one at the edge widens it
 
 
-def test_the_baselines_rank_is_doubled_as_long_as_that_is_better(results: Results) -> None:
+def test_the_baselines_rank_is_doubled_as_long_as_that_is_better_or_else_halved(results: Results) -> None:
     tuned = results.method("fine-tuned")
     assert tuned is not None
-    least = {}
-    for one in tuned.detail["tried"]:
+    tried, least = tuned.detail["tried"], {}
+    for one in tried:
         least[one["rank"]] = min(one["perplexity"], least.get(one["rank"], math.inf))
-    ranks = list(least)
-    assert ranks == [RANK * 2**power for power in range(len(ranks))] and 2 <= len(ranks) <= 1 + baselines.DOUBLED
-    assert [least[rank] for rank in ranks[:-1]] == sorted((least[rank] for rank in ranks[:-1]), reverse=True)
-    assert len(ranks) == 1 + baselines.DOUBLED or least[ranks[-1]] >= least[ranks[-2]]
-    before = min((one for one in tuned.detail["tried"] if one["rank"] == RANK), key=lambda one: one["perplexity"])
-    doubled = {
-        one["rate"] for one in tuned.detail["tried"] if (one["rank"], one["batch"]) == (2 * RANK, before["batch"])
-    }
-    assert doubled >= {before["rate"] / 2, before["rate"]}
+    up = [rank for rank in least if rank > RANK]
+    down = [rank for rank in least if rank < RANK]
+    assert list(least) == [RANK, *up, *down] and up
+    assert up == [RANK * 2**power for power in range(1, len(up) + 1)]
+    assert down == [RANK // 2**power for power in range(1, len(down) + 1)]
+    assert (least[2 * RANK] < least[RANK]) != bool(down)
+    for ranks, most in ((up, baselines.DOUBLED), (down, min(baselines.DOUBLED, int(math.log2(RANK))))):
+        losses = [least[RANK], *(least[rank] for rank in ranks)]
+        assert losses[:-1] == sorted(losses[:-1], reverse=True)
+        assert not ranks or len(ranks) == most or losses[-1] >= losses[-2]
+    first = min((one for one in tried if one["rank"] == RANK), key=lambda one: one["perplexity"])
+    for rank, factor in ((2 * RANK, 0.5), (RANK // 2, 2.0)):
+        rates = {one["rate"] for one in tried if (one["rank"], one["batch"]) == (rank, first["batch"])}
+        assert not rates or rates >= {first["rate"], first["rate"] * factor}
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(RANK, [8, 2]), (1, [8, 2, 1]), (2, [8, 2, 1]), (16, [8, 16, 32]), (512, [8, 16, 32])]
+)
+def test_ranks_are_climbed_towards_the_best_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, best: int, tried: list[int]
+) -> None:
+    def measured(
+        _bench: Bench, _passages: object, setting: baselines.Setting, tokens: int
+    ) -> baselines.Tried:  # every rank's best rate times its rank is the same
+        distance = abs(math.log2(setting.rank / best)), abs(math.log2(setting.rate * setting.rank / (1e-2 * RANK)))
+        return baselines.Tried(setting, tokens, 10 + distance[0] + 0.1 * distance[1], 0.0)
+
+    monkeypatch.setattr(baselines, "_try", measured)
+    found = baselines._tune(bench, [], 100)
+    assert list(dict.fromkeys(one.setting.rank for one in found if one.setting.rank != RANK)) == tried
+    for rank in tried:
+        rates = [one.setting.rate for one in found if one.setting.rank == rank]
+        assert min(abs(rate * rank / (1e-2 * RANK) - 1) for rate in rates) < 1e-9
 
 
 def test_another_bank_of_the_same_text_has_the_same_baseline(

@@ -18,7 +18,7 @@ from localmoe.train.places import Places
 from localmoe.train.together import step_through, train_together
 from localmoe.train.training import fresh_adapter, step_once, train
 
-CONFIG = TrainConfig(rank=3, batch=2, learning_rate=1e-2)
+CONFIG = TrainConfig(rank=3, alpha=16.0, batch=2, learning_rate=1e-2)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

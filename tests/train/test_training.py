@@ -14,7 +14,7 @@ from localmoe.packing import Passage
 from localmoe.train.course import DivergedError, batches_of, schedule
 from localmoe.train.training import fresh_adapter, train
 
-CONFIG = TrainConfig(rank=3, batch=2, learning_rate=1e-2)
+CONFIG = TrainConfig(rank=3, alpha=16.0, batch=2, learning_rate=1e-2)
 
 
 def _bytes(adapter: Adapter) -> list[bytes]:
