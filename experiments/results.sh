@@ -69,9 +69,10 @@ for part in $parts; do
             --set fine_tune.tune_tokens=50000 --set 'fine_tune.batches=[]' --set fine_tune.finalists=2 --methods "$asked" ;;
     wikipedia)
         measure wikipedia "$work/laboratory/corpus.jsonl" 50 256 --base $base --sample-tokens 1000000 --clusters 24 --min-tokens 6000 \
-            --learning-rate 1e-3 --set corpus.tune_fraction=0.02 --set corpus.test_fraction=0.08 --set threads=1 -- --documents 300 \
-            --set fine_tune.tune_tokens=40000 --set 'fine_tune.rates=[1.0,2.0]' --set 'fine_tune.batches=[]' \
-            --methods base,trunk,merged,fine-tuned,null,merged-1
+            --learning-rate 5e-4 --set corpus.tune_fraction=0.02 --set corpus.test_fraction=0.08 --set threads=1 -- --documents 300 \
+            --set fine_tune.tune_tokens=100000 --set 'fine_tune.batches=[]' --set 'fine_tune.ranks=[128]' \
+            --set ttt.rate=2.5e-4 --set 'ttt.rates=[0.5,1.0]' --set ttt.tune_documents=4 \
+            --methods base,trunk,merged,fine-tuned,null,merged-1,ensemble,ttt-trunk
         "$bin/python" experiments/more_documents.py "$work/wikipedia-bank" results/wikipedia "$work/laboratory/corpus.jsonl" \
             -o results/wikipedia/more-documents.json --documents 1400 ;;
     figures) # the paper's figures and tables of the largest bank, and of small ones that differ in K and encoder

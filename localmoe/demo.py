@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from localmoe.bank.store import Bank
-from localmoe.config import BuildConfig, ClusterConfig, CorpusConfig, GenerateConfig
+from localmoe.config import BuildConfig, ClusterConfig, CorpusConfig, GenerateConfig, TrainConfig
 from localmoe.errors import CorpusError
 from localmoe.evaluate.protocol import held_out, score_alone, score_merged
 from localmoe.evaluate.statistics import Comparison, compare, perplexity
@@ -66,7 +66,7 @@ def corpus() -> Path:
 
 
 def configuration(base: str, encoder: str) -> BuildConfig:
-    """Settings that make a bank of 8 experts in a few minutes on two cores."""
+    """Settings that make a bank of 8 experts in a few minutes on two cores; of rank 16, in 90 MB instead of 340."""
     return BuildConfig(
         base=base,
         encoder=encoder,
@@ -80,6 +80,7 @@ def configuration(base: str, encoder: str) -> BuildConfig:
             test_fraction=0.45,
         ),
         cluster=ClusterConfig(clusters=8, min_tokens=1_000),
+        train=TrainConfig(rank=16, alpha=16.0, learning_rate=2e-3),
     )
 
 
