@@ -68,6 +68,15 @@ def test_the_page_on_choosing_says_what_was_found(name: str, cells: list[str]) -
     assert _plain(cells[4]).startswith(_plain(interval_text(row.gain, *row.interval)))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_both_pages_say_what_more_documents_of_wikipedia_told(page: str) -> None:
+    found = json.loads((ROOT / "results/wikipedia/more-documents.json").read_text(encoding="utf-8"))
+    row, text = found["gain"], (ROOT / page).read_text(encoding="utf-8")
+    assert f"{found['documents']:,}" in text
+    gain, low, high = (100 * row[name] for name in ("gain", "low", "high"))
+    assert f"+{gain:.2f} % [{low:.2f}, {high:.2f}]" in text
+
+
 def test_both_pages_have_all_of_them() -> None:
     names = {folder.name for folder in FOLDERS}
     assert {name for name, _ in _rows("README.md")} == {name for name, _ in _rows("docs/choosing.md")} == names
