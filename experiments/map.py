@@ -97,7 +97,7 @@ def draw(points: list[Point], target: Path) -> None:
         xlim=(min(one.tokens_per_parameter for one in points) / 4, 200),
     )
     axes.spines[["top", "right"]].set_visible(False)
-    note = "hollow: the fine-tune's rank was not tuned"
+    note = "hollow: the fine-tune was tried at fewer than three ranks"
     axes.text(0.01, 0.02, note, transform=axes.transAxes, fontsize=8)
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
 

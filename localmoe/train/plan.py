@@ -118,8 +118,9 @@ def advice(plan: Plan) -> str:
         if plan.explained >= UNLIKE:
             return f"{unlike}: so unlike, experts were seen to pay, at a rank that is right; measure it: localmoe eval"
         return (
-            f"{unlike}: so alike, experts at the default rate were level with one adapter for all; eager ones beat it "
-            "where the base knew such text: --try-rate 0.5 --try-rate 1 --try-rate 2; measure it: localmoe eval"
+            f"{unlike}: so alike, experts at the default rate were level with one adapter for all, or hardly better; "
+            "eager ones beat it where the base knew such text: --try-rate 0.5 --try-rate 1 --try-rate 2; measure it: "
+            "localmoe eval"
         )
     if plan.tokens_per_parameter >= AMPLE:
         return f"{measure}: one adapter cannot hold all of it, so experts are likely to pay; {unlike}"
